@@ -1,0 +1,93 @@
+"""The words of asyncrl and the Arrow shape of what the parts hand each other. Imported by every part; imports none.
+
+Words
+-----
+prompt    what is asked; its tokens never change once admitted
+rollout   one sampled answer to a prompt
+segment   a run of tokens of one rollout, sampled by one engine at one version
+group     the rollouts of one prompt
+version   count of published weight updates; version 0 is the model that the run started from
+lease     an engine's right to continue one rollout; every append names its lease, and a lost lease can append no more
+slot      one concurrent rollout in an engine
+engine    one inference engine, of whatever number of devices
+pool      engines of one shape
+bucket    bytes of weights sent at once
+hand-over the moment a batch leaves the buffer for the learner; staleness is measured there
+
+Tokens are int32, logprobs float32, versions int32. A token's logprob is the behaviour policy's, as the engine sampled it.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import pyarrow as pa
+
+
+class State(enum.IntEnum):
+    """Where a rollout is. TRAINED, DROPPED and FAILED are terminal; each rollout ends in exactly one of them."""
+
+    QUEUED = 0
+    LEASED = 1
+    COMPLETE = 2
+    """All tokens are there; the lease is kept until it is scored."""
+    SCORED = 3
+    BATCHED = 4
+    TRAINED = 5
+    DROPPED = 6
+    FAILED = 7
+
+
+TERMINAL: Final = frozenset({State.TRAINED, State.DROPPED, State.FAILED})
+
+
+def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
+
+
+TOKENS: Final = pa.list_(pa.field("item", pa.int32(), nullable=False))
+LOGPROBS: Final = pa.list_(pa.field("item", pa.float32(), nullable=False))
+FLAGS: Final = pa.list_(pa.field("item", pa.bool_(), nullable=False))
+
+PROMPTS: Final = _schema(
+    ("prompt_id", pa.string()),
+    ("tokens", TOKENS),
+    ("payload", pa.string()),  # JSON: what the reward needs to know of the prompt, such as its answer
+)
+"""Prompts that ask for admission, in the order of the frontier. Each becomes one group."""
+
+LEASES: Final = _schema(
+    ("rollout_id", pa.int64()),
+    ("lease_id", pa.int64()),
+    ("group_id", pa.int64()),
+    ("prompt_tokens", TOKENS),
+    ("tokens", TOKENS),  # what earlier leases sampled: the prefix to go on from
+    ("finish_reason", pa.string()),  # not "" when all tokens are there and only the score is missing
+    ("payload", pa.string()),
+)
+"""What an engine gets to work on."""
+
+SEGMENTS: Final = _schema(
+    ("rollout_id", pa.int64()),
+    ("lease_id", pa.int64()),
+    ("start", pa.int32()),  # index of the first token within the rollout's answer
+    ("version", pa.int32()),
+    ("tokens", TOKENS),
+    ("logprobs", LOGPROBS),
+    ("finish_reason", pa.string()),  # "" while the rollout goes on, "stop" or "length" on its last segment
+)
+"""What an engine sends while it generates. The last segment may be empty."""
+
+BATCH: Final = _schema(
+    ("rollout_id", pa.int64()),
+    ("group_id", pa.int64()),
+    ("prompt_tokens", TOKENS),
+    ("tokens", TOKENS),
+    ("logprobs", LOGPROBS),
+    ("versions", TOKENS),  # per token
+    ("trainable", FLAGS),  # per token: false where the token is past the staleness bound
+    ("reward", pa.float32()),
+    ("finish_reason", pa.string()),
+)
+"""What the learner gets: whole groups, rows of one group together. The version at hand-over is in the reply's header."""

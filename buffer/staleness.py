@@ -1,0 +1,60 @@
+"""The one definition of staleness, and every rule that follows from it. Pure.
+
+staleness(token) = version at hand-over - version of the token          (versions; 0 = on policy)
+A token is trainable when 0 <= staleness <= K, with K = `max_staleness_versions`.
+
+One batch of B groups (`prompts_per_step`) makes one version. From that follow:
+- Pacing. With H groups held (admitted, not terminal, the ones in training included) a group admitted now is handed
+  over floor(H / B) versions later. It stays inside the bound while H <= (K + 1) B - 1, so (K + 1) B - H more fit.
+- Deadlines. A group whose oldest token has version m must be handed over at version m + K at the latest.
+- Waiting. A batch may leave at version v only if what stays behind can still meet every deadline:
+  for all d >= v: #{groups left with deadline <= d} <= B (d - v).
+  Pacing makes this true for new groups, the reader keeps it true, and so no token ever passes the bound.
+Called by the ledger only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+
+def staleness(handover_version: int, token_version: int) -> int:
+    """Versions that were published between sampling a token and handing it over."""
+    return handover_version - token_version
+
+
+def is_trainable(handover_version: int, token_version: int, max_staleness_versions: int) -> bool:
+    return 0 <= staleness(handover_version, token_version) <= max_staleness_versions
+
+
+def admission_capacity(held_groups: int, prompts_per_step: int, max_staleness_versions: int) -> int:
+    """How many groups may be admitted now; never negative."""
+    return max(0, (max_staleness_versions + 1) * prompts_per_step - held_groups)
+
+
+def deadline(oldest_token_version: int, max_staleness_versions: int) -> int:
+    """The last version at which a group with that oldest token may be handed over whole."""
+    return oldest_token_version + max_staleness_versions
+
+
+def may_hand_over(version: int, deadlines_left: Iterable[int], prompts_per_step: int) -> bool:
+    """Whether the groups that stay behind (their deadlines) can all still be handed over in time."""
+    due = Counter(deadlines_left)
+    total = 0
+    for d in sorted(due):
+        total += due[d]
+        if total > prompts_per_step * max(0, d - version):
+            return False
+    return True
+
+
+def ages(handover_version: int, completed_version: int, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Token-weighted ageing of one rollout: (in flight, in queue), in versions x tokens.
+
+    In flight is from sampling to the end of the rollout, in queue from there to hand-over; `spans` are
+    (version, tokens).
+    """
+    tokens = sum(count for _, count in spans)
+    in_flight = sum((completed_version - version) * count for version, count in spans)
+    return in_flight, (handover_version - completed_version) * tokens

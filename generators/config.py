@@ -1,0 +1,81 @@
+"""Settings of what makes rollouts: prompts, sampling, pools of engines, rewards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class PromptsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[prompts]`: where prompts come from, in which order, how many a step."""
+
+    source: str
+    """`sums:train` (a generated task), a `.jsonl` or `.parquet` file, or `hf:NAME[:SPLIT]` (Hugging Face datasets)."""
+    held_out: str = ""
+    """Prompts for the held-out accuracy, named like `source`; empty: none is measured."""
+    held_out_prompts: NonNegative = 256
+    prompts_per_step: Positive = 16
+    rollouts_per_prompt: Positive = 8
+    seed: int = 0
+    """Order of the prompts; the same seed gives the same order, also after a resume."""
+    prompt_field: str = "question"
+    answer_field: str = "answer"
+    chat_template: bool = False
+    """Wrap each prompt as one user message with the tokenizer's chat template."""
+    system: str = ""
+    """System message, with `chat_template` only."""
+    task: dict[str, int] = {}
+    """Settings of a generated task, such as `min_terms` and `max_terms` of `sums`."""
+
+
+class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[sampling]`: truncated sampling (top-p, top-k) is left out on purpose: it biases the importance ratio."""
+
+    max_new_tokens: Positive = 256
+    temperature: PositiveSeconds = 1.0
+    flush_tokens: Positive = 32
+    """A segment is sent to the buffer after so many tokens at the latest: what a crash may lose of one rollout."""
+
+
+class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[pools]]` entry: engines of one shape."""
+
+    name: str
+    engines: Positive = 1
+    engine: Literal["vllm", "fake"] = "vllm"
+    """`fake` is the deterministic engine of the tests; it speaks nonsense at a set speed."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    concurrency: Positive = 64
+    """Slots per engine: how many rollouts it works on at once."""
+    tensor_parallel: Positive = 1
+    memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.85
+    """Share of each GPU that weights and KV cache may take (CUDA)."""
+    kv_cache_bytes: Positive = 2**30
+    """KV cache of each engine (CPU)."""
+    cores: Positive = 1
+    """Cores that each engine computes on (CPU)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    start_timeout_s: PositiveSeconds = 600.0
+
+
+class RewardTerm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[rewards.terms]]` entry."""
+
+    function: str
+    """`sums`, `math`, `format`, or an import path `package.module:function`."""
+    weight: float = 1.0
+
+
+class RewardsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[rewards]`: the weighted sum of the terms is the reward."""
+
+    terms: list[RewardTerm]
+    timeout_s: PositiveSeconds = 10.0
+    """One answer's scoring may take so long; then its worker is killed and the rollout fails with that reason."""
+    workers: Positive = 1
+    """Worker processes per engine."""
