@@ -1,0 +1,63 @@
+"""Held-out accuracy on a running engine, apart from the training accounts: nothing of it enters the buffer.
+
+Greedy, one answer per prompt, scored by the run's own reward. Called by `runtime.actors` before the first prompt is
+admitted and after the last step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from asyncrl.generators.config import SamplingConfig
+from asyncrl.generators.dispatcher import Scorer
+from asyncrl.generators.engine import Engine, GenerationRequest
+from asyncrl.generators.prompts import Prompt
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """What one engine found. Rewards are in the order of the prompts."""
+
+    version: int
+    rewards: list[float]
+    lengths: list[int]
+    """Tokens per answer."""
+
+
+async def evaluate(
+    *,
+    engine: Engine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    stop_token_ids: tuple[int, ...],
+    decode: Callable[[list[int]], str],
+    concurrency: int,
+    label: str,
+) -> Evaluation:
+    """Raises RewardFailed or EngineDead; an accuracy with holes would be none."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def answer(index: int, prompt: Prompt) -> tuple[float, int]:
+        request = GenerationRequest(
+            request_id=f"eval-{label}-{index}",
+            tokens=list(prompt.tokens),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=0.0,
+            stop_token_ids=stop_token_ids,
+        )
+        tokens: list[int] = []
+        async with slots:
+            async for chunk in engine.generate(request):
+                tokens += chunk.tokens
+        text = decode([t for t in tokens if t not in stop_token_ids])
+        return (await scorer.score(text, prompt.payload)).reward, len(tokens)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(answer(i, p)) for i, p in enumerate(prompts)]
+    results = [task.result() for task in tasks]
+    return Evaluation(
+        version=engine.stats().version, rewards=[r for r, _ in results], lengths=[n for _, n in results]
+    )

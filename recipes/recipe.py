@@ -1,0 +1,151 @@
+"""A recipe: every setting of a run, composed of one config per folder. Frozen once read, and checked as a whole.
+
+`cross_check` holds the rules that no single setting can show. Pure. Called by `load`, and by everything that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+
+from asyncrl.buffer.config import BufferConfig, StalenessConfig
+from asyncrl.generators.config import PoolConfig, PromptsConfig, RewardsConfig, SamplingConfig
+from asyncrl.learner.config import LearnerConfig, SFTConfig
+from asyncrl.recipes.telemetry_config import TelemetryConfig
+from asyncrl.weight_sync.config import WeightSyncConfig
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[run]`."""
+
+    name: Name
+    """The run's folder is `FOLDER/NAME`, or `FOLDER/NAME-2` and so on where that is taken."""
+    steps: Positive
+    """Learner steps; each trains one batch and publishes one version."""
+    folder: str = "runs"
+    ray_address: str = ""
+    """Empty: start Ray on this machine for this run. `auto` or an address: join a cluster that is up."""
+    stall_timeout_s: PositiveSeconds = 900.0
+    """The run ends when nothing was generated and no step was made for so long, and says who waits for whom."""
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[model]`."""
+
+    path: str
+    """A folder in Hugging Face's layout, or a hub name. Made by `[sft]` where the recipe has that and it is missing."""
+    max_context_tokens: Positive = 4096
+    """Prompt and answer together; engines reserve for it."""
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file."""
+
+    run: RunConfig
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = msgspec.field(default_factory=SamplingConfig)
+    staleness: StalenessConfig = msgspec.field(default_factory=StalenessConfig)
+    pools: Annotated[list[PoolConfig], msgspec.Meta(min_length=1)]
+    rewards: RewardsConfig
+    learner: LearnerConfig = msgspec.field(default_factory=LearnerConfig)
+    weight_sync: WeightSyncConfig = msgspec.field(default_factory=WeightSyncConfig)
+    buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
+    telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
+    sft: SFTConfig | None = None
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.prompts.prompts_per_step * self.prompts.rollouts_per_prompt
+
+    @property
+    def held_groups_limit(self) -> int:
+        """Prompts that may be under way at once: (max_staleness_versions + 1) x prompts_per_step."""
+        return (self.staleness.max_staleness_versions + 1) * self.prompts.prompts_per_step
+
+    @property
+    def slots(self) -> int:
+        return sum(pool.engines * pool.concurrency for pool in self.pools)
+
+    @property
+    def engines(self) -> int:
+        return sum(pool.engines for pool in self.pools)
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something wrong with a recipe: where, what was found, and the way out."""
+
+    path: str
+    """Key path, such as `pools[0].concurrency`."""
+    found: str
+    advice: str
+
+    def __str__(self) -> str:
+        found = f" = {self.found}" if self.found else ""
+        return f"{self.path}{found}: {self.advice}"
+
+
+def cross_check(recipe: Recipe) -> list[Problem]:
+    """Every rule that two or more settings break together."""
+    return [*_check_batches(recipe), *_check_lengths(recipe), *_check_pools(recipe)]
+
+
+def _check_batches(recipe: Recipe) -> Iterator[Problem]:
+    prompts, learner = recipe.prompts, recipe.learner
+    if prompts.rollouts_per_prompt < 2:
+        yield Problem(
+            "prompts.rollouts_per_prompt",
+            str(prompts.rollouts_per_prompt),
+            "objective `grpo` compares the rollouts of one prompt: set at least 2",
+        )
+    if learner.minibatches_per_step > prompts.prompts_per_step:
+        yield Problem(
+            "learner.minibatches_per_step",
+            str(learner.minibatches_per_step),
+            f"a minibatch holds whole groups, and a step has {prompts.prompts_per_step} (prompts.prompts_per_step): "
+            "lower the one or raise the other",
+        )
+    if prompts.system and not prompts.chat_template:
+        yield Problem(
+            "prompts.system",
+            repr(prompts.system),
+            "is used by the chat template only: set prompts.chat_template = true",
+        )
+
+
+def _check_lengths(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.sampling.max_new_tokens >= recipe.model.max_context_tokens:
+        yield Problem(
+            "sampling.max_new_tokens",
+            str(recipe.sampling.max_new_tokens),
+            f"leaves no room for a prompt within model.max_context_tokens = {recipe.model.max_context_tokens}",
+        )
+    longest = recipe.model.max_context_tokens
+    if recipe.learner.tokens_per_microbatch < longest:
+        yield Problem(
+            "learner.tokens_per_microbatch",
+            str(recipe.learner.tokens_per_microbatch),
+            f"one rollout may have model.max_context_tokens = {longest}: set at least that",
+        )
+
+
+def _check_pools(recipe: Recipe) -> Iterator[Problem]:
+    names = [pool.name for pool in recipe.pools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield Problem(f"pools[{i}].name", repr(name), f"pools[{names.index(name)}] has this name already")
+    for i, pool in enumerate(recipe.pools):
+        if pool.device == "cpu" and pool.tensor_parallel > 1:
+            yield Problem(
+                f"pools[{i}].tensor_parallel",
+                str(pool.tensor_parallel),
+                'must be 1 with device = "cpu": raise cores',
+            )
+        if pool.device == "cpu" and pool.dtype == "float16":
+            yield Problem(f"pools[{i}].dtype", '"float16"', 'a CPU computes in "float32" or "bfloat16"')

@@ -1,0 +1,150 @@
+"""`asyncrl`: the command line. Exit codes: 0 done, 1 failed, 2 something wrong with what was written, 130 stopped.
+
+What a command needs is imported when it runs, so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from asyncrl.recipes import Recipe
+
+_WRONG = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = _parser().parse_args(arguments)
+    run: int = chosen.run(chosen)
+    return run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asyncrl", description="Asynchronous reinforcement learning of language models."
+    )
+    parser.add_argument("--version", action="version", version=f"asyncrl {metadata.version('asyncrl')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("launch", _launch, "check a recipe and run it to its end"),
+        ("check", _check, "check a recipe and this machine, print the sizes that follow; starts nothing"),
+        ("sft", _sft, "make the recipe's model.path by supervised fine-tuning, as [sft] says"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("recipe", type=Path, help="a .toml file")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override one setting, such as run.steps=10 or pools.0.concurrency=8; may be repeated",
+        )
+        command.set_defaults(run=run)
+    report = commands.add_parser("report", help="draw report.png of a run folder and print its summary")
+    report.add_argument("folder", type=Path, help="such as runs/quickstart")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _launch(chosen: argparse.Namespace) -> int:
+    console = Console()
+    recipe = _checked(chosen, console)
+    if recipe is None:
+        return _WRONG
+    from asyncrl.runtime.launch import launch
+    from asyncrl.runtime.supervisor import PartFailed
+
+    try:
+        return launch(recipe, chosen.recipe, chosen.overrides, console)
+    except PartFailed as error:
+        return _say(str(error), 1)
+    except KeyboardInterrupt:  # before the run's own handlers were there: nothing is up yet
+        return 130
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    return _WRONG if _checked(chosen, Console()) is None else 0
+
+
+def _checked(chosen: argparse.Namespace, console: Console) -> Recipe | None:
+    """The recipe, with its sizes printed; None after printing every problem."""
+    from asyncrl.recipes import RecipeError, load_recipe
+    from asyncrl.recipes.preflight import preflight
+    from asyncrl.recipes.sizes import derived_sizes
+
+    try:
+        recipe = load_recipe(chosen.recipe, chosen.overrides)
+        found = preflight(recipe)
+        if found.problems:
+            raise RecipeError(str(chosen.recipe), found.problems)
+    except RecipeError as error:
+        _say(str(error), _WRONG)
+        return None
+    table = Table(
+        title=f"{chosen.recipe}: what follows from it", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("size")
+    table.add_column("", justify="right", style="bold")
+    table.add_column("from", style="dim")
+    for size in derived_sizes(recipe, found.model.parameters if found.model else None):
+        table.add_row(size.name, size.value, size.formula)
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False)
+    return recipe
+
+
+def _sft(chosen: argparse.Namespace) -> int:
+    from asyncrl.recipes import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(chosen.recipe, chosen.overrides)
+    except RecipeError as error:
+        return _say(str(error), _WRONG)
+    if recipe.sft is None:
+        return _say(f"{chosen.recipe} has no [sft]: add one with source and steps", _WRONG)
+    if Path(recipe.model.path).exists():
+        return _say(f"model.path = {recipe.model.path} is there already: remove it to make it anew", _WRONG)
+    from asyncrl.runtime.warm_start import make
+
+    try:
+        make(recipe, recipe.sft, Console())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from asyncrl.runtime.report import write_report
+    from asyncrl.runtime.run_folder import RunFolder
+    from asyncrl.runtime.summary import read_summary
+    from asyncrl.runtime.summary_table import show_summary
+
+    folder = RunFolder(chosen.folder)
+    if not folder.metrics.is_file():
+        return _say(f"{folder.path} is no run folder: {folder.metrics.name} is not in it", _WRONG)
+    summary = read_summary(folder.summary) if folder.summary.is_file() else None
+    write_report(folder.metrics, summary, folder.report)
+    console = Console()
+    if summary is not None:
+        show_summary(summary, console)
+    console.print(f"wrote {folder.report}", highlight=False)
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

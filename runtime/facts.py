@@ -1,0 +1,172 @@
+"""What telemetry is told: plain facts of a run, and nothing that acts.
+
+The supervisor makes them (a `Snapshot` about once a second, a `StepFacts` after each learner step, an `Evaluation`
+after each held-out evaluation) and hands them to the view and to the metrics log; the summary and the report read
+them back from `metrics.jsonl`. Each is a line of that file, told apart by `kind`.
+
+Invariants: facts are frozen; `seconds` counts from launch and never runs backwards within one launch; counts are
+of rollouts unless the name says tokens, groups or prompts. A number that could not be had is NaN, never 0.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+EngineState = Literal["starting", "serving", "updating", "idle", "dead"]
+LearnerState = Literal["starting", "waiting for rollouts", "training", "publishing"]
+
+LEARNER_WAITS: Final = "learner waits for rollouts"
+ENGINES_WAIT: Final = "engines wait for prompts"
+PROMPTS_WAIT: Final = "prompts wait for staleness"
+
+MODEL: Final = "model"
+"""Finding the model, or making it by supervised fine-tuning."""
+RAY_START: Final = "ray start"
+ENGINE_START: Final = "engine start"
+LEARNER_START: Final = "learner start"
+FIRST_SYNC: Final = "first sync"
+EVALUATION: Final = "evaluation"
+TRAINING: Final = "training"
+SHUTDOWN: Final = "shutdown"
+PHASES: Final = (
+    MODEL,
+    RAY_START,
+    ENGINE_START,
+    LEARNER_START,
+    FIRST_SYNC,
+    EVALUATION,
+    TRAINING,
+    SHUTDOWN,
+)
+"""The phases of a run in the order in which a summary shows them. Throughput is counted in `TRAINING` alone."""
+
+
+class StepFacts(msgspec.Struct, frozen=True, kw_only=True, tag="step", tag_field="kind"):
+    """One learner step, after its weights were published."""
+
+    step: int
+    """1 for the first."""
+    version: int
+    """The newest published version after this step."""
+    seconds: float
+    reward_mean: float
+    loss: float
+    grad_norm: float
+    response_tokens_mean: float
+    response_tokens_max: int
+    rollouts: int
+    """Rollouts of this batch."""
+    rollouts_over_versions: int
+    """Those of them whose tokens come from two or more versions."""
+    versions_in_rollout_max: int
+    groups_without_spread: int
+    """Groups whose rewards are all equal: they teach nothing."""
+    staleness_min: int
+    staleness_mean: float
+    """Of the answer tokens handed over, in versions; masked ones count too, here and in `staleness_max`."""
+    staleness_max: int
+    staleness_in_flight_mean: float
+    """The part that a token aged until its rollout was complete."""
+    staleness_in_queue_mean: float
+    """The part that it aged from then until hand-over."""
+    tokens_trained: int
+    """Answer tokens that the loss saw."""
+    tokens_masked: int
+    """Answer tokens kept out of the loss because they were past the bound."""
+    tokens_past_bound: int
+    """Trained tokens past the bound: 0, or the bound is broken."""
+    mismatch_tokens: int
+    """Tokens compared between engine and learner: those sampled at the version that the learner held. With 0 the
+    four below say nothing and are left out of every average."""
+    mismatch_max: float
+    """Largest |engine's logprob - learner's logprob| of one token."""
+    mismatch_mean: float
+    mismatch_p95: float
+    mismatch_kl: float
+    """Mean of engine's - learner's logprob: an estimate of KL(engine || learner) in nats per token."""
+    wait_s: float
+    """The learner's wait for this batch."""
+    train_s: float
+    publish_s: float
+    """One whole weight sync, from begin to the last engine's confirmation."""
+    engine_stall_s: float
+    """The longest time that one engine stood still for it."""
+    learner_tokens_per_s: float
+    """Prompt and answer tokens over `train_s`."""
+    learner: dict[str, float] = {}
+    """Whatever else the learner measured, by name."""
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine, now."""
+
+    engine_id: str
+    pool: str
+    state: EngineState
+    version: int
+    """-1 before the first weights."""
+    slots_used: int
+    slots: int
+    tokens_per_s: float
+    waits_for: str = ""
+    """Empty while it waits for nothing."""
+
+
+class BufferFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger, now. The first five states are live; `trained`, `dropped` and `failed` count since launch."""
+
+    queued: int = 0
+    leased: int = 0
+    complete: int = 0
+    scored: int = 0
+    batched: int = 0
+    trained: int = 0
+    dropped: dict[str, int] = {}
+    """By reason."""
+    failed: dict[str, int] = {}
+    admitted: int = 0
+    held_groups: int = 0
+    """Groups admitted and not yet terminal."""
+    capacity_groups: int = 0
+    """Groups that pacing allows to be held."""
+
+    @property
+    def live(self) -> int:
+        return self.queued + self.leased + self.complete + self.scored + self.batched
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", tag_field="kind"):
+    """The whole run, now."""
+
+    seconds: float
+    phase: str
+    step: int
+    """Learner steps done."""
+    steps: int
+    """Learner steps asked for."""
+    version: int
+    engines: list[EngineFacts]
+    buffer: BufferFacts
+    learner_state: LearnerState
+    learner_tokens_per_s: float
+    engine_tokens_per_s: float
+    """Of all engines together."""
+    waits: dict[str, float] = {}
+    """Seconds waited since launch by cause (`LEARNER_WAITS`, ...). Where several parts wait for one cause it is their
+    mean, so that no cause grows by more than a second per second."""
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation", tag_field="kind"):
+    """Held-out accuracy at one version, with greedy answers."""
+
+    seconds: float
+    step: int
+    """Learner steps done; 0 is the model that the run started from."""
+    version: int
+    correct: int
+    prompts: int
+
+
+Fact = StepFacts | Snapshot | Evaluation

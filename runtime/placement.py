@@ -1,0 +1,131 @@
+"""Ray: starting or joining it, reserving room for the whole run at once, and making the parts as actors.
+
+Ray places, starts and watches processes; rollouts and weights do not travel through it. Called by `launch`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import msgspec
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from asyncrl.recipes import Recipe
+from asyncrl.recipes.preflight import usable_cores
+from asyncrl.runtime.buffer_part import BufferPart
+from asyncrl.runtime.engine_part import EnginePart
+from asyncrl.runtime.learner_part import LearnerPart
+from asyncrl.runtime.processes import RUN_VARIABLE
+
+_OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray's smallest: nothing of size travels through it."""
+_RESERVE_S = 60.0
+
+
+class PlacementError(RuntimeError):
+    """The machines that Ray knows have no room for the run."""
+
+
+class Placed(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of a run, as Ray's handles. (Handles have no public type.)"""
+
+    buffer: Any
+    engines: dict[str, Any]
+    learners: list[Any]
+
+
+def start_ray(recipe: Recipe, run_id: str) -> None:
+    """Starts Ray here, or joins the cluster at `run.ray_address`. Children carry the run's mark."""
+    variables = {
+        RUN_VARIABLE: run_id,
+        "PYTHONSAFEPATH": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    if recipe.run.ray_address:
+        ray.init(
+            address=recipe.run.ray_address,
+            log_to_driver=False,
+            runtime_env={"env_vars": variables},
+            logging_level=logging.ERROR,
+        )
+        return
+    os.environ.update(variables, RAY_USAGE_STATS_ENABLED="0", RAY_DISABLE_MEMORY_MONITOR="1")
+    ray.init(
+        address="local",
+        num_cpus=usable_cores(),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def place(recipe: Recipe, folder: str, run_id: str) -> Placed:
+    """Makes every part; Ray starts their processes at once. Raises PlacementError."""
+    host = "127.0.0.1" if not recipe.run.ray_address else ray.util.get_node_ip_address()
+    demands = _demands(recipe)
+    room = _reserve(demands)
+    pids = iter(range(len(demands)))
+    buffer = ray.remote(BufferPart).options(num_cpus=0, max_concurrency=2, name=f"{run_id}-buffer")
+    engines, learners = {}, []
+    address = f"{host}:{free_port(host)}"
+    for rank in range(recipe.learner.ranks):
+        learner = ray.remote(LearnerPart).options(
+            **_placed(room, next(pids), demands), name=f"{run_id}-learner-{rank}"
+        )
+        learners.append(learner.remote(recipe, folder, rank, address, run_id, host))
+    for pool_index, pool in enumerate(recipe.pools):
+        for index in range(pool.engines):
+            engine_id = f"{pool.name}-{index}"
+            engine = ray.remote(EnginePart).options(
+                **_placed(room, next(pids), demands), max_concurrency=16, name=f"{run_id}-{engine_id}"
+            )
+            engines[engine_id] = engine.remote(recipe, folder, pool_index, engine_id, None)
+    return Placed(buffer=buffer.remote(recipe, folder, host), engines=engines, learners=learners)
+
+
+def _demands(recipe: Recipe) -> list[dict[str, float]]:
+    """What each rank and each engine needs of Ray's resources, in the order of placing."""
+    learner = recipe.learner
+    rank = {"CPU": float(learner.cores)} if learner.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    demands = [rank] * learner.ranks
+    for pool in recipe.pools:
+        if pool.engine == "fake":
+            engine = {"CPU": 0.01}
+        elif pool.device == "cpu":
+            engine = {"CPU": float(pool.cores)}
+        else:
+            engine = {"CPU": 1.0, "GPU": float(pool.tensor_parallel)}
+        demands += [engine] * pool.engines
+    return demands
+
+
+def _reserve(demands: list[dict[str, float]]) -> PlacementGroup:
+    room: PlacementGroup = placement_group(demands, strategy="PACK")
+    if not room.wait(_RESERVE_S):
+        have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+        free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        want = {k: sum(d.get(k, 0.0) for d in demands) for k in ("CPU", "GPU")}
+        raise PlacementError(
+            f"Ray found no room within {_RESERVE_S:.0f} s: the run wants {want}, the cluster has {have}, free are {free}. "
+            "Lower engines, ranks or cores, or add machines."
+        )
+    return room
+
+
+def _placed(room: PlacementGroup, index: int, demands: list[dict[str, float]]) -> dict[str, Any]:
+    strategy = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=index)
+    demand = demands[index]
+    return {"scheduling_strategy": strategy, "num_cpus": demand["CPU"], "num_gpus": demand.get("GPU", 0.0)}
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
