@@ -1,18 +1,46 @@
-"""The engine's side of weight sync: what an engine must offer, and the client that drives it through a transaction."""
+"""The engine's side of weight sync: what an engine must offer, and the client that drives it through a transaction.
+
+Invariants
+----------
+- The target is called by one task, one call at a time, in the order of the publisher's commands.
+- `apply` is called only for the version last staged, after the publisher's command.
+- A staging that fails leaves the old version live and the receiver at work. An `apply` or `probe` that fails leaves
+  weights of which nobody knows what they are: it is reported, and then ends the receiver with that error.
+Runs in the engine's event loop; the publisher names the deadlines.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
+import traceback
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from asyncrl.weight_sync import sockets, wire
+from asyncrl.weight_sync.errors import VersionTimeout, WeightSyncError
 from asyncrl.weight_sync.wire import Offer
+
+logger = logging.getLogger(__name__)
+
+CANCEL_S: Final = 5.0
+"""How long a staging that ran out of time may take to end once it is cancelled."""
+
+Answer = wire.Staged | wire.Applied | wire.Failed
 
 
 class WeightTarget(Protocol):
     """An engine as weight sync sees it. Called from the engine's event loop, one call at a time."""
 
     async def stage(self, offer: Offer) -> None:
-        """Get the bytes of `offer` and verify their checksums while generation goes on. Raises `ChecksumError`."""
+        """Get the bytes of `offer` and verify their checksums while generation goes on. Raises `ChecksumError`.
+        When it raises or is cancelled, nothing is staged."""
 
     async def apply(self, offer: Offer) -> float:
         """Replace the weights at a step boundary and label what follows with `offer.version`.
@@ -26,3 +54,172 @@ class WeightTarget(Protocol):
 
     async def probe(self, tokens: Sequence[int]) -> list[float]:
         """Logprob of each token after the first under the present weights: [len(tokens) - 1]."""
+
+
+class Receiver:
+    """Takes versions from one publisher for one engine."""
+
+    def __init__(self, target: WeightTarget, endpoint: str, engine_id: str) -> None:
+        """`engine_id` is unique among the publisher's engines; an engine started again uses its old one."""
+        self.version = -1
+        """The last one applied, -1 for none."""
+        self._target = target
+        self._endpoint = endpoint
+        self._engine_id = engine_id
+        self._staged: Offer | None = None
+        self._attempt = 0
+        self._answer: Answer | None = None
+        """To the last command, kept for its repetition."""
+        self._changed = asyncio.Condition()
+        self._ended = False
+
+    async def run(self) -> None:
+        """Join, and obey the publisher until cancelled. Raises what the target raised in `apply` or `probe`, or
+        `WeightSyncError` if the publisher speaks another language."""
+        context = zmq.asyncio.Context()
+        socket, connections = sockets.dealer(context, self._endpoint, self._engine_id)
+        poller = zmq.asyncio.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(connections, zmq.POLLIN)
+        reason = "cancelled"
+        try:
+            # Waits for: connections and commands. Unblocked by: the publisher. Ends: cancelled, or an error.
+            while True:
+                ready = dict(await poller.poll())
+                if connections in ready:
+                    await recv_monitor_message(connections)
+                    await socket.send(wire.encode(wire.Join(version=self.version)))
+                if socket in ready:
+                    await self._obey(socket, self._decoded(await socket.recv()))
+        except Exception as error:
+            reason = repr(error)
+            raise
+        finally:
+            _send_now(socket, wire.Leave(reason=reason))
+            socket.disable_monitor()
+            connections.close(linger=0)
+            sockets.close(socket)
+            context.term()
+            await self._end()
+
+    async def wait_for_version(self, version: int, timeout_s: float) -> None:
+        """Return when `version` or a later one is live. Raises `VersionTimeout` after `timeout_s`, and
+        `WeightSyncError` if the receiver ends before."""
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self.version >= version or self._ended)
+        except TimeoutError as error:
+            raise VersionTimeout(
+                f"engine {self._engine_id}: expected version {version} from {self._endpoint} within {timeout_s:g} s, "
+                f"has {self.version}. Is the learner alive, and does it publish?"
+            ) from error
+        if self.version < version:
+            raise WeightSyncError(
+                f"engine {self._engine_id}: its receiver ended at version {self.version} while version {version} "
+                f"was waited for"
+            )
+
+    async def _obey(self, socket: zmq.asyncio.Socket, command: wire.ToEngine) -> None:
+        if isinstance(command, wire.Ping) or command.attempt < self._attempt:
+            return
+        if isinstance(command, wire.Propose):
+            await self._propose(socket, command)
+        elif isinstance(command, wire.Apply):
+            await self._apply(socket, command)
+        elif command.attempt == self._attempt:
+            logger.warning("engine=%s sync aborted reason=%s", self._engine_id, command.reason)
+            await self._discard()
+
+    async def _propose(self, socket: zmq.asyncio.Socket, command: wire.Propose) -> None:
+        if command.attempt == self._attempt and self._answer is not None:
+            await socket.send(wire.encode(self._answer))
+            return
+        # The publisher has gone on to another attempt: what it said of the one before is lost or was not for us.
+        await self._discard()
+        self._attempt = command.attempt
+        started = time.monotonic()
+        error = await self._stage(command)
+        if error is None:
+            self._staged = command.offer
+            self._answer = wire.Staged(attempt=command.attempt, stage_s=time.monotonic() - started)
+        else:
+            text = "".join(traceback.format_exception(error))
+            logger.error("engine=%s version=%d not staged: %s", self._engine_id, command.offer.version, text)
+            self._answer = wire.Failed(attempt=command.attempt, error=text)
+        await socket.send(wire.encode(self._answer))
+
+    async def _stage(self, command: wire.Propose) -> BaseException | None:
+        """None, or what the target raised, or that it ran out of time."""
+        task = asyncio.ensure_future(self._target.stage(command.offer))
+        try:
+            # Waits for: the bytes. Unblocked by: the target, or the time that the publisher gives.
+            await asyncio.wait({task}, timeout=command.timeout_s)
+            if task.done():
+                return task.exception()
+            task.cancel()
+            await asyncio.wait({task}, timeout=CANCEL_S)
+            if not task.done():
+                raise WeightSyncError(
+                    f"engine {self._engine_id}: staging version {command.offer.version} took over "
+                    f"{command.timeout_s:g} s and cannot be cancelled; the engine must be restarted"
+                )
+        finally:
+            task.cancel()
+        return TimeoutError(f"staging version {command.offer.version} took over {command.timeout_s:g} s")
+
+    async def _apply(self, socket: zmq.asyncio.Socket, command: wire.Apply) -> None:
+        if isinstance(self._answer, wire.Applied) and command.attempt == self._attempt:
+            await socket.send(wire.encode(self._answer))
+            return
+        offer = self._staged
+        if offer is None or command.attempt != self._attempt:
+            error = (
+                f"told to apply attempt {command.attempt}, which is not staged here (last: {self._attempt})"
+            )
+            await socket.send(wire.encode(wire.Failed(attempt=command.attempt, error=error)))
+            return
+        try:
+            started = time.monotonic()
+            stall_s = await self._target.apply(offer)
+            apply_s = time.monotonic() - started
+            probe = await self._target.probe(command.probe) if command.probe else []
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error))
+            _send_now(socket, wire.Failed(attempt=command.attempt, error=text))
+            raise
+        self._staged = None
+        self._answer = wire.Applied(
+            attempt=command.attempt, apply_s=apply_s, stall_s=stall_s, probe=tuple(probe)
+        )
+        async with self._changed:
+            self.version = offer.version
+            self._changed.notify_all()
+        await socket.send(wire.encode(self._answer))
+
+    async def _discard(self) -> None:
+        if self._staged is not None:
+            version, self._staged = self._staged.version, None
+            await self._target.discard(version)
+
+    async def _end(self) -> None:
+        async with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _decoded(self, message: bytes) -> wire.ToEngine:
+        try:
+            command: wire.ToEngine = wire.decode_for_engine(message)
+        except msgspec.DecodeError as error:
+            raise WeightSyncError(
+                f"engine {self._engine_id}: {self._endpoint} sent what is no command ({error}); learner and engine "
+                f"must run the same version of asyncrl"
+            ) from error
+        return command
+
+
+def _send_now(socket: zmq.asyncio.Socket, message: Answer | wire.Leave) -> None:
+    """Queue `message` without waiting; if the publisher is gone or reads nothing, it finds out by itself."""
+    try:
+        zmq.Socket.shadow(socket.underlying).send(wire.encode(message), zmq.NOBLOCK)
+    except zmq.Again:
+        logger.warning("publisher unreachable, not sent: %s", type(message).__name__)

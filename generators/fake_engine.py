@@ -1,0 +1,280 @@
+"""A deterministic engine for tests and benchmarks: it speaks nonsense, at a set speed, with scripted faults, and takes
+weights the way a real engine does.
+
+Invariants (beside those of `engine.py`)
+----------
+- The next token, its logprob and the end of an answer are pure functions of (seed, all tokens so far): a rollout cut
+  at any token and continued on any other `FakeEngine` of the same seed equals the uninterrupted one. The weights do
+  not change the tokens; they change what `probe` answers.
+- One task steps all slots; versions are stamped there, and weights change between two steps.
+- `stage` maps and verifies the offer's bytes; `apply` reads every byte again, as a copy would.
+Used where `pools.engine = "fake"`, from one event loop; imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import mmap
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
+
+import msgspec
+
+from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, FinishReason, GenerationRequest
+from asyncrl.generators.fake_speech import Lengths, Speech, probe_logprobs, weights_digest
+from asyncrl.weight_sync.checksum import bucket_checksum
+from asyncrl.weight_sync.shm import map_version
+from asyncrl.weight_sync.wire import Offer
+
+logger = logging.getLogger(__name__)
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One thing that goes wrong once."""
+
+    kind: Literal["raise", "hang", "die"]
+    """raise: an `InjectedFault`, the engine goes on. hang: nothing comes any more. die: `EngineDead` for everything."""
+    where: Literal["token", "stage", "apply"]
+    at: int
+    """`token`: instead of the at-th token (from 1) that this engine generates. Otherwise: at this version."""
+
+
+class InjectedFault(RuntimeError):
+    """A fault that the script of a `FakeEngine` asked for."""
+
+
+class _Stream:
+    """One request on its way: the step loop adds to it, `generate` takes from it. Holds at most `max_new_tokens`."""
+
+    def __init__(self, request: GenerationRequest, speech: Speech) -> None:
+        self.request_id = request.request_id
+        self.speech = speech
+        self.stops = frozenset(request.stop_token_ids)
+        self.left = request.max_new_tokens
+        self.ready = asyncio.Event()
+        self.error: Exception | None = None
+        self.finish: FinishReason | None = None
+        self._fresh: tuple[list[int], list[float], list[int]] = ([], [], [])
+
+    def add(self, token: int, logprob: float, version: int) -> None:
+        tokens, logprobs, versions = self._fresh
+        tokens.append(token)
+        logprobs.append(logprob)
+        versions.append(version)
+        self.left -= 1
+        if token in self.stops:
+            self.finish = "stop"
+        elif self.left == 0:
+            self.finish = "length"
+
+    def take(self) -> Chunk:
+        tokens, logprobs, versions = self._fresh
+        self._fresh = ([], [], [])
+        return Chunk(tokens=tokens, logprobs=logprobs, versions=versions, finish_reason=self.finish)
+
+    def end(self, finish: FinishReason | None = None, error: Exception | None = None) -> None:
+        if self.finish is None and self.error is None:
+            self.finish, self.error = finish, error
+        self.ready.set()
+
+
+class FakeEngine:
+    """The deterministic engine. Satisfies `Engine`."""
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        vocab_size: int = 1024,
+        slots: int = 64,
+        step_s: float = 0.0,
+        tokens_per_step: int = 1,
+        lengths: Lengths | None = None,
+        faults: Sequence[Fault] = (),
+        version: int = -1,
+    ) -> None:
+        """Each step takes `step_s` and gives each of at most `slots` streams `tokens_per_step` tokens; further
+        streams wait in line. `version` 0 or above: weights are there from the start, for use without weight sync."""
+        self._seed = seed
+        self._vocab_size = vocab_size
+        self._slots = slots
+        self._step_s = step_s
+        self._tokens_per_step = tokens_per_step
+        self._lengths = lengths or Lengths()
+        self._faults = list(faults)
+        self._version = version
+        self._digest = weights_digest(())
+        self._streams: dict[str, _Stream] = {}
+        self._staged: tuple[Offer, mmap.mmap] | None = None
+        self._work = asyncio.Event()
+        self._boundary = asyncio.Lock()
+        """Held by a step, and by `apply` between two steps."""
+        self._stepping: asyncio.Task[None] | None = None
+        self._dead: str | None = None
+        self._generated = 0
+        self._stall_s = 0.0
+
+    async def start(self) -> None:
+        """Start the step loop."""
+        self._check_alive()
+        if self._stepping is None:
+            self._stepping = asyncio.create_task(self._step_forever(), name="fake-engine-steps")
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """See `Engine`. Raises `EngineDead` or `InjectedFault`, after the tokens that were generated before."""
+        self._check_alive()
+        if self._stepping is None or self._version < 0:
+            raise RuntimeError(f"request {request.request_id}: start the engine and apply weights first")
+        if request.request_id in self._streams or request.max_new_tokens < 1:
+            raise ValueError(
+                f"request {request.request_id}: expected an id that is not running and max_new_tokens of at least 1, "
+                f"got {request.max_new_tokens}"
+            )
+        speech = Speech(self._seed, self._vocab_size, self._lengths, request.stop_token_ids, request.tokens)
+        stream = self._streams[request.request_id] = _Stream(request, speech)
+        self._work.set()
+        try:
+            # Waits for: tokens. Unblocked by: the step loop, abort, or the engine's death. Ends: with the stream.
+            while True:
+                await stream.ready.wait()
+                stream.ready.clear()
+                chunk = stream.take()
+                if chunk.tokens or chunk.finish_reason:
+                    yield chunk
+                if chunk.finish_reason:
+                    return
+                if stream.error:
+                    raise stream.error
+        finally:
+            # After an abort the id may be another stream's by now.
+            if self._streams.get(request.request_id) is stream:
+                del self._streams[request.request_id]
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See `Engine`."""
+        for request_id in request_ids:
+            if stream := self._streams.pop(request_id, None):
+                stream.end(finish="abort")
+
+    def stats(self) -> EngineStats:
+        """See `Engine`."""
+        running = len(self._streams)
+        return EngineStats(
+            version=self._version,
+            running=running,
+            generated_tokens=self._generated,
+            kv_used_fraction=min(1.0, running / self._slots),
+            update_stall_s=self._stall_s,
+        )
+
+    async def shutdown(self) -> None:
+        """See `Engine`. May be called twice."""
+        self.die("the engine was shut down")
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait({self._stepping}, timeout=5.0)
+        self._unmap()
+
+    def die(self, reason: str) -> None:
+        """As if the engine's processes ended: every open stream and every later call raises `EngineDead`."""
+        self._dead = self._dead or reason
+        for stream in self._streams.values():
+            stream.end(error=EngineDead(self._dead))
+        self._streams.clear()
+        self._work.set()
+
+    async def stage(self, offer: Offer) -> None:
+        """See `WeightTarget`. The pass over the bytes runs in a thread, while streams go on."""
+        self._check_alive()
+        await self._strike("stage", offer.version)
+        mapped = await asyncio.to_thread(map_version, offer)
+        self._unmap()
+        self._staged = (offer, mapped)
+
+    async def apply(self, offer: Offer) -> float:
+        """See `WeightTarget`."""
+        self._check_alive()
+        if self._staged is None or self._staged[0].version != offer.version:
+            raise RuntimeError(f"version {offer.version} is not staged")
+        async with self._boundary:
+            started = time.monotonic()
+            await self._strike("apply", offer.version)
+            self._digest = await asyncio.to_thread(_digest_of, *self._staged)
+            self._version = offer.version
+            stall_s = time.monotonic() - started
+        self._stall_s += stall_s
+        self._unmap()
+        return stall_s
+
+    async def discard(self, version: int) -> None:
+        """See `WeightTarget`."""
+        if self._staged is not None and self._staged[0].version == version:
+            self._unmap()
+
+    async def probe(self, tokens: Sequence[int]) -> list[float]:
+        """See `WeightTarget`: `probe_logprobs` of the bytes last applied."""
+        self._check_alive()
+        return probe_logprobs(self._digest, tokens)
+
+    async def _step_forever(self) -> None:
+        """Waits for: streams. Unblocked by: `generate`, `die`. Ends: when the engine is dead or shut down."""
+        try:
+            while self._dead is None:
+                await self._work.wait()
+                async with self._boundary:
+                    await asyncio.sleep(self._step_s)
+                    for _ in range(self._tokens_per_step):
+                        await self._step()
+                if not self._streams:
+                    self._work.clear()
+        except EngineDead:
+            logger.info("step loop ends: %s", self._dead)
+        finally:
+            self.die("the step loop ended")
+
+    async def _step(self) -> None:
+        """One token for each stream that has a slot."""
+        for stream in list(itertools.islice(self._streams.values(), self._slots)):
+            if stream.request_id not in self._streams:
+                continue
+            try:
+                await self._strike("token", self._generated + 1)
+            except InjectedFault as fault:
+                stream.end(error=fault)
+            else:
+                stream.add(*stream.speech.speak(), self._version)
+                self._generated += 1
+                stream.ready.set()
+            if stream.finish or stream.error:
+                del self._streams[stream.request_id]
+
+    async def _strike(self, where: str, at: int) -> None:
+        """Carry out the fault that is scripted for here and now, if any."""
+        fault = next((fault for fault in self._faults if fault.where == where and fault.at == at), None)
+        if fault is None:
+            return
+        self._faults.remove(fault)
+        reason = f"scripted: {fault.kind} at {where} {at}"
+        logger.info("fake engine fault %s", reason)
+        if fault.kind == "hang":
+            # Waits for nothing; ends when the caller is cancelled, as by `shutdown`.
+            await asyncio.Event().wait()
+        if fault.kind == "die":
+            self.die(reason)
+            raise EngineDead(reason)
+        raise InjectedFault(reason)
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+
+    def _unmap(self) -> None:
+        # Not closed: a thread whose caller was cancelled may read it still, and its end frees the mapping.
+        self._staged = None
+
+
+def _digest_of(offer: Offer, mapped: mmap.mmap) -> int:
+    return weights_digest([bucket_checksum(mapped, bucket) for bucket in offer.plan.buckets])

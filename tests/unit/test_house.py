@@ -1,0 +1,132 @@
+"""The rules of the house, held by parsing the code: direction of imports, who may import what, sizes, packaging."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("buffer", "generators", "learner", "recipes", "runtime", "weight_sync")
+MAY_IMPORT = {
+    "buffer": set(),
+    "weight_sync": set(),
+    "learner": {"buffer", "weight_sync"},
+    "generators": {"buffer", "weight_sync"},
+    "recipes": {"buffer", "weight_sync", "learner", "generators"},
+    "runtime": {"buffer", "weight_sync", "learner", "generators", "recipes"},
+}
+VLLM_FILES = {"generators/vllm_engine.py", "weight_sync/vllm_worker.py"}
+PURE = (
+    "buffer/ledger.py",
+    "buffer/staleness.py",
+    "weight_sync/plan.py",
+    "weight_sync/transaction.py",
+    "recipes/recipe.py",
+    "recipes/sizes.py",
+)
+IMPURE = {"torch", "zmq", "time", "socket", "asyncio", "os", "random", "ray", "vllm"}
+
+
+def sources():
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imports(path):
+    """(dotted name, line) of each import, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in sources():
+        folder = path.parent.name
+        for name, line in imports(path):
+            parts = name.split(".")
+            if parts[0] in FOLDERS:
+                wrong.append(f"{path}:{line}: bare import of {name}")
+            if parts[0] == "asyncrl" and len(parts) > 1 and parts[1] not in MAY_IMPORT[folder] | {folder}:
+                wrong.append(f"{path}:{line}: {folder} must not import {parts[1]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_two_files_import_vllm():
+    found = {
+        f"{path.parent.name}/{path.name}"
+        for path in sources()
+        for name, _ in imports(path)
+        if name.split(".")[0] == "vllm"
+    }
+    assert found == VLLM_FILES
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_touch_no_clock_socket_file_or_torch(name):
+    assert not {imported.split(".")[0] for imported, _ in imports(ROOT / name)} & IMPURE
+
+
+def test_the_buffer_does_not_need_torch():
+    assert not any(name.split(".")[0] == "torch" for path in (ROOT / "buffer").glob("*.py") for name, _ in imports(path))
+
+
+def test_files_and_functions_keep_their_size():
+    wrong = []
+    for path in sources():
+        text = path.read_text()
+        if text.count("\n") > 500:
+            wrong.append(f"{path}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 80:
+                wrong.append(f"{path}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines")
+        if not ast.get_docstring(ast.parse(text)) and text.strip():
+            wrong.append(f"{path}: no module docstring")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_bare_folders_cannot_be_imported():
+    """From the repository root `import buffer` would be a second copy of every class."""
+    program = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])" % (FOLDERS,)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+    assert all(importlib.util.find_spec(f"asyncrl.{name}") for name in FOLDERS)
+
+
+def test_pyproject_names_every_folder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert project["packages"] == [f"asyncrl.{name}" for name in FOLDERS]
+    assert project["package-dir"] == {f"asyncrl.{name}": name for name in FOLDERS}
+    for name in FOLDERS:
+        assert not [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"], "keep folders flat"
+        assert (ROOT / name / "py.typed").is_file()
+
+
+def test_the_wheel_holds_every_module_and_recipe(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        f"asyncrl/{name}/{path.name}"
+        for name in FOLDERS
+        for path in (ROOT / name).iterdir()
+        if path.suffix in (".py", ".toml") or path.name == "py.typed"
+    }
+    assert expected <= names, sorted(expected - names)
+    assert not any(name.startswith("asyncrl/tests") for name in names)

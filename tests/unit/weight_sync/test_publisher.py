@@ -1,0 +1,248 @@
+"""The publisher on its own and with engines in this process: order of calls, what interrupts it, who comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import torch
+import zmq
+
+from asyncrl.generators.fake_engine import FakeEngine, Fault
+from asyncrl.generators.fake_speech import weights_digest
+from asyncrl.weight_sync import wire
+from asyncrl.weight_sync.config import WeightSyncConfig
+from asyncrl.weight_sync.errors import (
+    ChecksumError,
+    EnginesMissing,
+    ProbeMismatch,
+    SyncAborted,
+    WeightSyncError,
+)
+from asyncrl.weight_sync.plan import make_plan
+from asyncrl.weight_sync.probe import Probe, largest_difference
+from asyncrl.weight_sync.publisher import Publisher
+from asyncrl.weight_sync.receiver import Receiver
+from asyncrl.weight_sync.shm import slot_path
+from asyncrl.weight_sync.transaction import TransactionReport
+
+PLAN = make_plan([("a", "float32", (64,)), ("b", "bfloat16", (8, 8)), ("c", "float32", (3,))], 384)
+WEIGHTS = {"a": torch.ones(64), "b": torch.ones(8, 8), "c": torch.ones(3)}
+
+
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    with Publisher(WeightSyncConfig(timeout_s=20.0), name, PLAN) as made:
+        yield made
+    assert not slot_path(name, 0).exists() and not slot_path(name, 1).exists()
+
+
+class Engines:
+    """Fake engines with their receivers, in an event loop of a thread of their own."""
+
+    def __init__(self, endpoint: str, **faults: list[Fault]) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.engines: dict[str, FakeEngine] = {}
+        self.receiving: dict[str, asyncio.Task[None]] = {}
+        for name, script in faults.items():
+            self.do(self._start(endpoint, name, script))
+
+    def do(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
+
+    async def _start(self, endpoint: str, name: str, faults: list[Fault]) -> None:
+        self.engines[name] = FakeEngine(faults=faults)
+        await self.engines[name].start()
+        self.receiving[name] = asyncio.create_task(Receiver(self.engines[name], endpoint, name).run())
+
+    async def leave(self, name: str) -> None:
+        self.receiving[name].cancel()
+        await asyncio.wait({self.receiving[name]}, timeout=10)
+
+    def close(self) -> None:
+        for name in self.engines:
+            self.do(self.leave(name))
+            self.do(self.engines[name].shutdown())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(timeout=10)
+        self.loop.close()
+
+
+@pytest.fixture
+def engines(publisher: Publisher) -> Iterator:
+    started: list[Engines] = []
+
+    def start(**faults: list[Fault]) -> Engines:
+        started.append(Engines(publisher.endpoint, **faults))
+        publisher.wait_for_engines(set(faults), timeout_s=20)
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def write(publisher: Publisher, version: int) -> None:
+    publisher.begin(version)
+    for bucket in PLAN.buckets:
+        publisher.write(bucket, WEIGHTS)
+
+
+def test_calls_out_of_order_say_what_was_expected(publisher):
+    assert len(PLAN.buckets) == 2
+    with pytest.raises(WeightSyncError, match=r"call begin\(version\) first"):
+        publisher.write(PLAN.buckets[0], WEIGHTS)
+    with pytest.raises(WeightSyncError, match=r"call begin\(version\) first"):
+        publisher.commit()
+    publisher.begin(0)
+    with pytest.raises(WeightSyncError, match="version 0 is begun; commit or abandon"):
+        publisher.begin(1)
+    with pytest.raises(WeightSyncError, match="bucket 1 out of order, expected bucket 0 of 2"):
+        publisher.write(PLAN.buckets[1], WEIGHTS)
+    with pytest.raises(WeightSyncError, match="tensor 'a' of bucket 0 is not among"):
+        publisher.write(PLAN.buckets[0], {"c": WEIGHTS["c"]})
+    publisher.write(PLAN.buckets[0], WEIGHTS)
+    with pytest.raises(WeightSyncError, match="expected 2 buckets, 1 are written"):
+        publisher.commit()
+    publisher.write(PLAN.buckets[1], WEIGHTS)
+    with pytest.raises(WeightSyncError, match="out of order"):
+        publisher.write(PLAN.buckets[1], WEIGHTS)
+    with pytest.raises(WeightSyncError, match="no engine has joined"):
+        publisher.commit()
+
+
+def test_an_abandoned_version_can_be_begun_again(publisher, engines):
+    engines(a=[])
+    publisher.begin(0)
+    publisher.abandon()
+    write(publisher, 0)
+    assert publisher.commit().version == 0
+    with pytest.raises(WeightSyncError, match="version 0: expected one above 0"):
+        publisher.begin(0)
+
+
+def test_the_engine_gets_the_bytes_that_were_written(publisher, engines):
+    running = engines(a=[])
+    write(publisher, 3)
+    sums = tuple(publisher._draft.checksums)
+    publisher.commit()
+    assert running.engines["a"].stats().version == 3
+    assert running.engines["a"]._digest == weights_digest(sums)
+
+
+def test_an_engine_that_leaves_is_not_waited_for(publisher, engines):
+    running = engines(a=[], b=[])
+    write(publisher, 0)
+    publisher.commit()
+    running.do(running.leave("b"))
+    write(publisher, 1)
+    report = publisher.commit()
+    assert report.engines.keys() == {"a"} and report.seconds < 10
+
+
+def test_an_engine_that_leaves_while_others_stage_aborts_at_once(publisher, engines):
+    running = engines(a=[], b=[Fault(kind="hang", where="stage", at=0)])
+    write(publisher, 0)
+    timer = threading.Timer(0.5, lambda: running.do(running.leave("b")))
+    timer.start()
+    with pytest.raises(SyncAborted, match="b was lost: it left: cancelled"):
+        publisher.commit()
+    timer.join()
+    write(publisher, 0)
+    assert publisher.commit().engines.keys() == {"a"}
+
+
+def test_an_interrupt_before_the_commit_point_aborts_everywhere(publisher, engines):
+    running = engines(a=[], b=[Fault(kind="hang", where="stage", at=0)])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    write(publisher, 0)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            publisher.commit()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert publisher.version == -1
+    # The engine that had staged was told to forget it; it takes the next attempt while b still hangs in the old one.
+    running.do(running.leave("b"))
+    write(publisher, 0)
+    assert publisher.commit().engines.keys() == {"a"}
+    assert running.engines["a"].stats().version == 0
+
+
+def test_strangers_and_garbage_are_counted_and_change_nothing(publisher, engines):
+    engines(a=[])
+    context = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.setsockopt(zmq.ROUTING_ID, b"stranger")
+    stranger.connect(publisher.endpoint)
+    stranger.send(b"\xff not a message")
+    stranger.send_multipart([b"", b""])
+    stranger.send(wire.encode(wire.Staged(attempt=1, stage_s=0.0)))
+    try:
+        with pytest.raises(EnginesMissing):
+            publisher.wait_for_engines({"stranger"}, timeout_s=0.5)
+        write(publisher, 0)
+        report = publisher.commit()
+    finally:
+        stranger.close(linger=0)
+        context.term()
+    assert report.engines.keys() == {"a"}
+    assert report.ignored == {"malformed message": 2, "staged after its attempt": 1}
+
+
+def test_a_closed_publisher_frees_its_port_and_refuses(publisher):
+    publisher.close()
+    publisher.close()
+    with pytest.raises(WeightSyncError, match="closed"):
+        publisher.begin(0)
+
+
+PROBE = Probe(tokens=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=0.01)
+
+
+@pytest.mark.parametrize(
+    ("answer", "position", "size"),
+    [
+        ([-1.0, -2.0], 0, 0.0),
+        ([-1.0, -2.5], 1, 0.5),
+        ([-1.75, -2.5], 0, 0.75),
+        ([float("nan"), -2.0], 0, float("inf")),
+        ([-1.5, float("nan")], 1, float("inf")),
+        ([-1.0], 1, float("inf")),
+        ([], 0, float("inf")),
+    ],
+)
+def test_the_largest_difference_is_found_and_no_number_never_passes(answer, position, size):
+    worst = largest_difference(PROBE, answer)
+    assert (worst.position, worst.size) == (position, size)
+
+
+def test_a_probe_needs_a_logprob_for_each_token_but_the_first():
+    with pytest.raises(ValueError, match="got 3 tokens and 3 logprobs"):
+        Probe(tokens=(1, 2, 3), logprobs=(0.0, 0.0, 0.0), tolerance=0.1)
+
+
+def test_errors_keep_their_facts_through_pickling():
+    report = TransactionReport(version=2, committed=False, seconds=1.0, reason="why", members={}, ignored={})
+    for error in (
+        ChecksumError(2, 1, 3, 4, "/dev/shm/x"),
+        SyncAborted("told", report),
+        EnginesMissing("told", frozenset({"a"})),
+        ProbeMismatch("a", 2, 1, -1.0, -2.0, None),
+    ):
+        back = pickle.loads(pickle.dumps(error))
+        assert str(back) == str(error) and vars(back) == vars(error) and type(back) is type(error)

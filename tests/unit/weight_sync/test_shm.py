@@ -1,0 +1,215 @@
+"""Shared memory: what is written is what is mapped, and nothing else passes."""
+
+from __future__ import annotations
+
+import gc
+import stat
+import subprocess
+import sys
+import uuid
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.weight_sync.errors import ChecksumError, SharedMemoryError, WeightSyncError
+from asyncrl.weight_sync.plan import DTYPE_BYTES, Plan, make_plan
+from asyncrl.weight_sync.shm import map_version, remove_leftovers, slot_path
+from asyncrl.weight_sync.slots import Slot, Slots
+from asyncrl.weight_sync.wire import Offer, decode_for_engine, encode
+
+
+@pytest.fixture
+def run_id():
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    yield name
+    assert remove_leftovers(name) == [], "a test left its shared memory behind"
+
+
+def offer_of(slot: Slot, plan: Plan, version: int = 1) -> Offer:
+    sums = tuple(slot.checksum(bucket) for bucket in plan.buckets)
+    return Offer(version=version, transport="shm", location=str(slot.path), plan=plan, checksums=sums)
+
+
+def written(slot: Slot, plan: Plan, weights: dict[str, torch.Tensor]) -> Offer:
+    for bucket in plan.buckets:
+        for spec in bucket.tensors:
+            slot.write(spec, weights[spec.name])
+    return offer_of(slot, plan)
+
+
+def read(offer: Offer) -> dict[str, torch.Tensor]:
+    mapped = map_version(offer)
+    whole = bytes(mapped)
+    mapped.close()
+    out = {}
+    for bucket in offer.plan.buckets:
+        for spec in bucket.tensors:
+            part = torch.frombuffer(
+                bytearray(whole[spec.offset : spec.offset + spec.size] or b"\0"), dtype=torch.uint8
+            )
+            out[spec.name] = part[: spec.size].view(getattr(torch, spec.dtype)).view(spec.shape)
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), st.lists(st.integers(0, 9), max_size=3)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 2000),
+)
+def test_every_dtype_and_shape_comes_back(tensors, bucket_bytes):
+    torch.manual_seed(0)
+    specs = [(f"w{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(tensors)]
+    weights = {name: (torch.randn(shape) * 3).to(getattr(torch, dtype)) for name, dtype, shape in specs}
+    plan = make_plan(specs, bucket_bytes)
+    slots = Slots(f"test-{uuid.uuid4().hex[:12]}", plan)
+    try:
+        back = read(written(slots.next(), plan, weights))
+    finally:
+        slots.close()
+    for name, tensor in weights.items():
+        assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
+        assert (
+            torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8))
+            if tensor.dim()
+            else (back[name].item() == tensor.item())
+        )
+
+
+PLAN = make_plan([("w", "bfloat16", (300, 4)), ("b", "float32", (7,))], 1024)
+
+
+def test_casts_to_the_wire_dtype_and_takes_any_strides(run_id):
+    master = torch.randn(4, 300).t()
+    slots = Slots(run_id, PLAN)
+    back = read(written(slots.next(), PLAN, {"w": master, "b": torch.ones(7, requires_grad=True)}))
+    slots.close()
+    assert torch.equal(back["w"], master.to(torch.bfloat16))
+    assert torch.equal(back["b"], torch.ones(7))
+
+
+def test_refuses_tensors_that_do_not_fit(run_id):
+    slots = Slots(run_id, PLAN)
+    spec = PLAN.buckets[0].tensors[0]
+    with pytest.raises(WeightSyncError, match=r"'w': expected shape \(300, 4\), got \(1, 4\)"):
+        slots.next().write(spec, torch.zeros(1, 4))
+    with pytest.raises(WeightSyncError, match=r"'w': expected dtype torch.bfloat16, got torch.int64"):
+        slots.next().write(spec, torch.zeros(300, 4, dtype=torch.int64))
+    slots.close()
+
+
+def test_a_flipped_byte_names_version_bucket_and_sums(run_id):
+    slots = Slots(run_id, PLAN)
+    offer = written(slots.next(), PLAN, {"w": torch.randn(300, 4), "b": torch.randn(7)})
+    last = PLAN.buckets[-1]
+    with open(offer.location, "r+b") as file:
+        file.seek(last.start)
+        byte = file.read(1)[0]
+        file.seek(last.start)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ChecksumError) as caught:
+        map_version(offer)
+    slots.close()
+    error = caught.value
+    assert (error.version, error.bucket, error.expected) == (1, last.index, offer.checksums[last.index])
+    assert error.got != error.expected
+    assert f"{error.expected:#018x}" in str(error) and f"{error.got:#018x}" in str(error)
+
+
+def test_slots_alternate_at_commit_and_keep_their_memory(run_id):
+    slots = Slots(run_id, PLAN)
+    first = slots.next()
+    assert slots.next() is first
+    inode = first.path.stat().st_ino
+    slots.committed()
+    assert slots.next() is not first
+    slots.committed()
+    assert slots.next() is first and first.path.stat().st_ino == inode
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o600
+    assert first.path.stat().st_blocks * 512 >= PLAN.total_bytes
+    slots.close()
+    slots.close()
+    assert not first.path.exists()
+
+
+def test_a_retired_slot_leaves_a_slow_reader_its_bytes(run_id):
+    slots = Slots(run_id, PLAN)
+    slot = slots.next()
+    offer = written(slot, PLAN, {"w": torch.full((300, 4), 1.0), "b": torch.ones(7)})
+    slow = map_version(offer)
+    before = bytes(slow)
+    slots.retire(slot)
+    assert slots.next() is not slot
+    written(slots.next(), PLAN, {"w": torch.full((300, 4), 2.0), "b": torch.zeros(7)})
+    assert bytes(slow) == before
+    slow.close()
+    slots.close()
+
+
+def test_replaces_what_a_killed_learner_left(run_id):
+    code = (
+        "import os, sys\nfrom asyncrl.weight_sync.plan import make_plan\nfrom asyncrl.weight_sync.slots import Slots\n"
+        f"slots = Slots({run_id!r}, make_plan([('w', 'float32', (9,))], 64))\nos._exit(1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 1
+    assert slot_path(run_id, 0).exists()
+    slots = Slots(run_id, PLAN)
+    assert slot_path(run_id, 0).stat().st_size == PLAN.total_bytes
+    slots.close()
+    slot_path(run_id, 1).write_bytes(b"left")
+    assert remove_leftovers(run_id) == [slot_path(run_id, 1)]
+
+
+def test_the_offer_survives_the_wire(run_id):
+    slots = Slots(run_id, PLAN)
+    offer = written(slots.next(), PLAN, {"w": torch.randn(300, 4), "b": torch.randn(7)})
+    from asyncrl.weight_sync.wire import Propose
+
+    assert decode_for_engine(encode(Propose(attempt=1, offer=offer, timeout_s=1.0))).offer == offer
+    slots.close()
+
+
+def test_refuses_offers_that_are_not_to_be_trusted(run_id, tmp_path):
+    slots = Slots(run_id, PLAN)
+    offer = offer_of(slots.next(), PLAN)
+    change = msgspec.structs.replace
+    elsewhere = tmp_path / "weights"
+    elsewhere.write_bytes(b"\0" * PLAN.total_bytes)
+    link = slot_path(run_id + "-link", 0)
+    link.symlink_to(elsewhere)
+    larger = make_plan([("w", "float32", (100_000,))], 10**6)
+    try:
+        for bad, message in [
+            (change(offer, location=str(elsewhere)), "with a file in /dev/shm"),
+            (change(offer, transport="tcp"), "got 'tcp'"),
+            (change(offer, location=str(link)), "cannot be opened"),
+            (change(offer, location="/dev/shm/asyncrl-nothing.weights"), "one host"),
+            (change(offer, checksums=offer.checksums[:-1]), "one checksum for each"),
+            (
+                change(offer, plan=larger, checksums=(0,)),
+                f"has {PLAN.total_bytes} bytes, expected at least 400000",
+            ),
+        ]:
+            with pytest.raises(SharedMemoryError, match=message):
+                map_version(bad)
+    finally:
+        link.unlink()
+        slots.close()
+
+
+def test_refuses_more_than_there_is_and_leaves_nothing(run_id):
+    enormous = Plan(buckets=PLAN.buckets, total_bytes=2**46)
+    with pytest.raises(SharedMemoryError, match="bytes free"):
+        Slots(run_id, enormous)
+    gc.collect()
+
+
+def test_a_run_id_cannot_leave_its_folder():
+    with pytest.raises(SharedMemoryError, match="run id"):
+        slot_path("../../etc/passwd", 0)

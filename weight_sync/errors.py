@@ -1,0 +1,92 @@
+"""What can go wrong on the way back. One tree, so that a caller can catch all of it; each error survives pickling,
+as processes hand their last error to the supervisor that way. Raised by every module of this folder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncrl.weight_sync.report import SyncReport
+    from asyncrl.weight_sync.transaction import TransactionReport
+
+
+class WeightSyncError(RuntimeError):
+    """Base. The first argument is the message; further ones are facts, kept as attributes by the subclasses."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class SharedMemoryError(WeightSyncError):
+    """The shared memory of a version cannot be made, mapped or trusted."""
+
+
+class ChecksumError(WeightSyncError):
+    """The bytes of a bucket are not those that the learner wrote; nothing of this version was applied."""
+
+    def __init__(self, version: int, bucket: int, expected: int, got: int, location: str) -> None:
+        super().__init__(version, bucket, expected, got, location)
+        self.version = version
+        self.bucket = bucket
+        self.expected = expected
+        self.got = got
+        self.location = location
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version}, bucket {self.bucket} in {self.location}: expected checksum "
+            f"{self.expected:#018x}, got {self.got:#018x}. The bytes changed after the learner wrote them; the old "
+            f"version stays live. Look for another writer of this file, or for bad memory."
+        )
+
+
+class EnginesMissing(WeightSyncError):
+    """Engines that were waited for did not join in time."""
+
+    def __init__(self, message: str, missing: frozenset[str]) -> None:
+        super().__init__(message, missing)
+        self.missing = missing
+
+
+class SyncAborted(WeightSyncError):
+    """No engine took the version: a member failed, or the deadline passed, before the commit point."""
+
+    def __init__(self, message: str, report: TransactionReport) -> None:
+        super().__init__(message, report)
+        self.report = report
+
+
+class NoEngineApplied(WeightSyncError):
+    """The version was decided, and then every engine failed to apply it: none is in service."""
+
+    def __init__(self, message: str, report: TransactionReport) -> None:
+        super().__init__(message, report)
+        self.report = report
+
+
+class ProbeMismatch(WeightSyncError):
+    """An engine applied the version and computes other logprobs than the learner does."""
+
+    def __init__(
+        self, engine: str, version: int, position: int, expected: float, got: float, report: SyncReport
+    ) -> None:
+        super().__init__(engine, version, position, expected, got, report)
+        self.engine = engine
+        self.version = version
+        self.position = position
+        self.expected = expected
+        self.got = got
+        self.report = report
+
+    def __str__(self) -> str:
+        return (
+            f"engine {self.engine} at version {self.version}, probe logprob {self.position} (of token "
+            f"{self.position + 1}): the learner has {self.expected:.6g}, the engine {self.got:.6g}, difference "
+            f"{abs(self.expected - self.got):.3g}. The engine runs other weights or other arithmetic than the learner; "
+            f"if it only computes in a shorter float, raise weight_sync.verify_tolerance."
+        )
+
+
+class VersionTimeout(WeightSyncError):
+    """An engine waited for a version that did not come in time."""

@@ -1,0 +1,158 @@
+"""One transaction on the publisher's socket: carries out its actions and feeds it answers, pings and time, until it
+is finished. The transaction decides; this file only talks. Made and used by the publisher, within `commit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+import zmq
+
+from asyncrl.weight_sync import wire
+from asyncrl.weight_sync.transaction import (
+    Actions,
+    Finished,
+    SendAbort,
+    SendApply,
+    SendOffer,
+    Transaction,
+    TransactionReport,
+)
+
+logger = logging.getLogger(__name__)
+
+PING_S: Final = 0.5
+"""How soon an engine that died in a sync is noticed, at most."""
+
+
+def messages(socket: zmq.Socket[bytes], ignored: Counter[str]) -> Iterator[tuple[str, wire.ToPublisher]]:
+    """What has arrived by now, with the engine that sent it; malformed messages are counted in `ignored`."""
+    # Ends: as soon as the queue, which is bounded, is empty.
+    while socket.poll(0):
+        frames = socket.recv_multipart()
+        try:
+            engine_id = frames[0].decode()
+            if len(frames) != 2:
+                raise msgspec.DecodeError(f"expected 2 frames, got {len(frames)}")
+            message = wire.decode_for_publisher(frames[1])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            ignored["malformed message"] += 1
+            logger.warning("engine=%r sent a malformed message: %s", frames[0], error)
+            continue
+        yield engine_id, message
+
+
+class Exchange:
+    """The way of one version through the engines."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        transaction: Transaction,
+        propose: wire.Propose,
+        probe: tuple[int, ...],
+    ) -> None:
+        """`probe`: tokens that each engine answers with their logprobs after it applied; empty: none."""
+        self.answers: dict[str, tuple[float, ...]] = {}
+        """Probe logprobs by engine."""
+        self.comings: list[tuple[str, wire.Join | wire.Leave]] = []
+        """Who came and went meanwhile, in order."""
+        self._socket = socket
+        self._transaction = transaction
+        self._attempt = propose.attempt
+        self._propose = wire.encode(propose)
+        self._apply = wire.encode(wire.Apply(attempt=self._attempt, probe=probe))
+        self._ping = wire.encode(wire.Ping())
+
+    def run(self) -> TransactionReport:
+        """Return when the transaction is finished, at its deadline at the latest. What interrupts it (Ctrl-C) is
+        taken as that deadline: before the commit point the engines are told to abort."""
+        transaction = self._transaction
+        try:
+            self._carry_out(transaction.begin(time.monotonic()))
+            next_ping = time.monotonic() + PING_S
+            # Waits for: answers. Unblocked by: engines, or the time of the next ping. Ends: finished, which
+            # `tick` brings about at the deadline.
+            while transaction.report is None:
+                wait_s = min(next_ping, transaction.next_deadline) - time.monotonic()
+                self._socket.poll(max(math.ceil(wait_s * 1000), 0))
+                self._take_in()
+                if time.monotonic() >= next_ping:
+                    self._look_for_the_dead()
+                    next_ping = time.monotonic() + PING_S
+                self._carry_out(transaction.tick(time.monotonic()))
+            return transaction.report
+        except BaseException:
+            self._carry_out(transaction.tick(math.inf))
+            raise
+
+    def _take_in(self) -> None:
+        malformed: Counter[str] = Counter()
+        for engine_id, message in messages(self._socket, malformed):
+            self._carry_out(self._decide(engine_id, message))
+        for reason, count in malformed.items():
+            self._transaction.ignore(reason, count)
+
+    def _decide(self, engine_id: str, message: wire.ToPublisher) -> Actions:
+        now, transaction = time.monotonic(), self._transaction
+        if isinstance(message, wire.Join | wire.Leave):
+            self.comings.append((engine_id, message))
+            if engine_id not in transaction.members:
+                return []
+            gone = "it connected anew" if isinstance(message, wire.Join) else f"it left: {message.reason}"
+            return transaction.lost(engine_id, now, gone)
+        if message.attempt != self._attempt:
+            transaction.ignore(f"{type(message).__name__.lower()} of an earlier attempt")
+            return []
+        if isinstance(message, wire.Staged):
+            return transaction.staged(engine_id, now, message.stage_s)
+        if isinstance(message, wire.Applied):
+            self.answers.setdefault(engine_id, message.probe)
+            return transaction.applied(engine_id, now, message.apply_s, message.stall_s)
+        return transaction.failed(engine_id, now, message.error)
+
+    def _carry_out(self, actions: Actions) -> None:
+        todo = deque(actions)
+        # Ends: each failed send counts one more member out, and a transaction has finitely many.
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, Finished):
+                continue
+            error = self._send(action.member, self._encoded(action))
+            # An abort need not arrive: an engine that is gone holds nothing.
+            if error and not isinstance(action, SendAbort):
+                todo.extend(self._transaction.lost(action.member, time.monotonic(), error))
+
+    def _encoded(self, action: SendOffer | SendApply | SendAbort) -> bytes:
+        if isinstance(action, SendOffer):
+            return self._propose
+        if isinstance(action, SendApply):
+            return self._apply
+        report = self._transaction.report
+        reason = report.reason if report else ""
+        return wire.encode(wire.Abort(attempt=self._attempt, reason=reason))
+
+    def _send(self, engine_id: str, message: bytes) -> str:
+        """Empty, or why it cannot be sent. Never blocks."""
+        try:
+            self._socket.send_multipart([engine_id.encode(), message], flags=zmq.NOBLOCK)
+        except zmq.Again:
+            return "its queue is full: it has read nothing for long"
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return "its connection is gone: the process ended, or its host stands still"
+        return ""
+
+    def _look_for_the_dead(self) -> None:
+        """A closed connection shows when it is written to. A full queue is no sign of death here."""
+        for engine_id in self._transaction.waiting_for:
+            error = self._send(engine_id, self._ping)
+            if "connection is gone" in error:
+                self._carry_out(self._transaction.lost(engine_id, time.monotonic(), error))
