@@ -110,7 +110,7 @@ class BufferClient:
         """`schema.LEASES` rows; none when there was nothing to do for `timeout_s`."""
         request = wire.Lease(engine_id=engine_id, limit=limit, timeout_s=timeout_s)
         _, body = await self.ask(request, timeout_s=timeout_s)
-        return LEASES.empty_table().to_batches()[0] if body is None else wire.unpack_rows(body, LEASES)
+        return pa.RecordBatch.from_pylist([], LEASES) if body is None else wire.unpack_rows(body, LEASES)
 
     async def append(self, engine_id: str, segments: pa.RecordBatch) -> list[int]:
         """Returns the rollouts whose lease is lost."""
