@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that `--help` and `check` answ
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -60,6 +61,9 @@ def _launch(chosen: argparse.Namespace) -> int:
     recipe = _checked(chosen, console)
     if recipe is None:
         return _WRONG
+    # Until the run has its own handler nothing is up that could need an orderly end, and a KeyboardInterrupt in the
+    # middle of an import can be swallowed there.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from asyncrl.runtime.launch import launch
     from asyncrl.runtime.supervisor import PartFailed
 
@@ -67,8 +71,6 @@ def _launch(chosen: argparse.Namespace) -> int:
         return launch(recipe, chosen.recipe, chosen.overrides, console)
     except PartFailed as error:
         return _say(str(error), 1)
-    except KeyboardInterrupt:  # before the run's own handlers were there: nothing is up yet
-        return 130
 
 
 def _check(chosen: argparse.Namespace) -> int:

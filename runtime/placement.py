@@ -69,35 +69,31 @@ def start_ray(recipe: Recipe, run_id: str) -> None:
 def place(recipe: Recipe, folder: str, run_id: str) -> Placed:
     """Makes every part; Ray starts their processes at once. Raises PlacementError."""
     host = "127.0.0.1" if not recipe.run.ray_address else ray.util.get_node_ip_address()
-    demands = _demands(recipe)
-    room = _reserve(demands)
-    pids = iter(range(len(demands)))
+    shares = iter(_reserve(_demands(recipe)))
     buffer = ray.remote(BufferPart).options(num_cpus=0, max_concurrency=2, name=f"{run_id}-buffer")
     engines, learners = {}, []
     address = f"{host}:{free_port(host)}"
     for rank in range(recipe.learner.ranks):
-        learner = ray.remote(LearnerPart).options(
-            **_placed(room, next(pids), demands), name=f"{run_id}-learner-{rank}"
-        )
+        learner = ray.remote(LearnerPart).options(**next(shares), name=f"{run_id}-learner-{rank}")
         learners.append(learner.remote(recipe, folder, rank, address, run_id, host))
     for pool_index, pool in enumerate(recipe.pools):
         for index in range(pool.engines):
             engine_id = f"{pool.name}-{index}"
             engine = ray.remote(EnginePart).options(
-                **_placed(room, next(pids), demands), max_concurrency=16, name=f"{run_id}-{engine_id}"
+                **next(shares), max_concurrency=16, name=f"{run_id}-{engine_id}"
             )
             engines[engine_id] = engine.remote(recipe, folder, pool_index, engine_id, None)
     return Placed(buffer=buffer.remote(recipe, folder, host), engines=engines, learners=learners)
 
 
 def _demands(recipe: Recipe) -> list[dict[str, float]]:
-    """What each rank and each engine needs of Ray's resources, in the order of placing."""
+    """What each rank and each engine needs of Ray's resources, in the order of placing; a fake engine nothing."""
     learner = recipe.learner
     rank = {"CPU": float(learner.cores)} if learner.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
     demands = [rank] * learner.ranks
     for pool in recipe.pools:
         if pool.engine == "fake":
-            engine = {"CPU": 0.01}
+            engine = {}
         elif pool.device == "cpu":
             engine = {"CPU": float(pool.cores)}
         else:
@@ -106,8 +102,10 @@ def _demands(recipe: Recipe) -> list[dict[str, float]]:
     return demands
 
 
-def _reserve(demands: list[dict[str, float]]) -> PlacementGroup:
-    room: PlacementGroup = placement_group(demands, strategy="PACK")
+def _reserve(demands: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Reserves all at once, or nothing; returns each part's options for Ray."""
+    bundles = [demand for demand in demands if demand]
+    room: PlacementGroup = placement_group(bundles, strategy="PACK")
     if not room.wait(_RESERVE_S):
         have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
         free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
@@ -116,12 +114,12 @@ def _reserve(demands: list[dict[str, float]]) -> PlacementGroup:
             f"Ray found no room within {_RESERVE_S:.0f} s: the run wants {want}, the cluster has {have}, free are {free}. "
             "Lower engines, ranks or cores, or add machines."
         )
-    return room
+    index = iter(range(len(bundles)))
+    return [_options(demand, room, next(index)) if demand else {"num_cpus": 0} for demand in demands]
 
 
-def _placed(room: PlacementGroup, index: int, demands: list[dict[str, float]]) -> dict[str, Any]:
+def _options(demand: dict[str, float], room: PlacementGroup, index: int) -> dict[str, Any]:
     strategy = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=index)
-    demand = demands[index]
     return {"scheduling_strategy": strategy, "num_cpus": demand["CPU"], "num_gpus": demand.get("GPU", 0.0)}
 
 

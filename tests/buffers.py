@@ -10,7 +10,9 @@ from asyncrl.generators.outbox import Segment, rows
 
 
 @contextlib.contextmanager
-def buffer_service(folder, *, prompts_per_step=2, rollouts_per_prompt=2, bound=1, over_stale="mask", **config):
+def buffer_service(
+    folder, *, prompts_per_step=2, rollouts_per_prompt=2, bound=1, over_stale="mask", **config
+):
     """Yields (service, blocking client). Stops the service at the end if the test did not."""
     service = BufferService(
         config=BufferConfig(**config),

@@ -76,7 +76,9 @@ def test_pure_modules_touch_no_clock_socket_file_or_torch(name):
 
 
 def test_the_buffer_does_not_need_torch():
-    assert not any(name.split(".")[0] == "torch" for path in (ROOT / "buffer").glob("*.py") for name, _ in imports(path))
+    assert not any(
+        name.split(".")[0] == "torch" for path in (ROOT / "buffer").glob("*.py") for name, _ in imports(path)
+    )
 
 
 def test_files_and_functions_keep_their_size():
@@ -86,7 +88,10 @@ def test_files_and_functions_keep_their_size():
         if text.count("\n") > 500:
             wrong.append(f"{path}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 80:
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.end_lineno - node.lineno >= 80
+            ):
                 wrong.append(f"{path}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines")
         if not ast.get_docstring(ast.parse(text)) and text.strip():
             wrong.append(f"{path}: no module docstring")
@@ -97,7 +102,12 @@ def test_the_bare_folders_cannot_be_imported():
     """From the repository root `import buffer` would be a second copy of every class."""
     program = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])" % (FOLDERS,)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-P", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert done.stdout.strip() == "[]"
     assert all(importlib.util.find_spec(f"asyncrl.{name}") for name in FOLDERS)
@@ -108,7 +118,9 @@ def test_pyproject_names_every_folder():
     assert project["packages"] == [f"asyncrl.{name}" for name in FOLDERS]
     assert project["package-dir"] == {f"asyncrl.{name}": name for name in FOLDERS}
     for name in FOLDERS:
-        assert not [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"], "keep folders flat"
+        assert not [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"], (
+            "keep folders flat"
+        )
         assert (ROOT / name / "py.typed").is_file()
 
 

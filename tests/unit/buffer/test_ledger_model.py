@@ -51,7 +51,13 @@ class LedgerMachine(RuleBasedStateMachine):
         valid = rollout.lease_id == lease_id and rollout.state is State.LEASED
         try:
             self.ledger.append(
-                rollout.rollout_id, lease_id, rollout.length, tokens, version, "stop" if done else "", self.now
+                rollout.rollout_id,
+                lease_id,
+                rollout.length,
+                tokens,
+                version,
+                "stop" if done else "",
+                self.now,
             )
         except LeaseLost:
             assert not valid
@@ -91,7 +97,7 @@ class LedgerMachine(RuleBasedStateMachine):
         batch, ledger = self.batch, self.ledger
         assert len(batch.group_ids) == B and len(batch.rollout_ids) == B * N
         assert not self.trained & set(batch.rollout_ids)
-        assert 0 <= batch.staleness_min and batch.staleness_max <= self.bound
+        assert batch.staleness_min >= 0 and batch.staleness_max <= self.bound
         assert batch.trainable_tokens > 0
         if self.over_stale != "mask":
             ages = [batch.version - v for r in batch.rollout_ids for v, _ in ledger.rollouts[r].spans]

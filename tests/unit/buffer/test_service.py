@@ -26,7 +26,9 @@ async def work(endpoint, *, tokens=4, version=0, limit=100):
     """Leases what there is, and finishes and scores it."""
     async with BufferClient(endpoint) as client:
         leases = await client.lease("e", limit, 2.0)
-        for rollout_id, lease_id in zip(leases["rollout_id"].to_pylist(), leases["lease_id"].to_pylist(), strict=True):
+        for rollout_id, lease_id in zip(
+            leases["rollout_id"].to_pylist(), leases["lease_id"].to_pylist(), strict=True
+        ):
             rows = segment_rows(rollout_id, lease_id, 0, range(10, 10 + tokens), version, "stop")
             assert await client.append("e", rows) == []
             assert await client.score([wire.Scored(rollout_id, lease_id, float(rollout_id))]) == []
@@ -46,7 +48,12 @@ def test_a_batch_goes_the_whole_way(tmp_path):
         selection, rows = client.read_batch(2.0)
         assert selection.version == 0 and rows.num_rows == 4 and selection.trainable_tokens == 16
         assert rows["group_id"].to_pylist() == [1, 1, 2, 2]
-        assert [p.tolist() for p in slices(rows["prompt_tokens"])] == [[1, 2, 3], [1, 2, 3], [1, 2, 4], [1, 2, 4]]
+        assert [p.tolist() for p in slices(rows["prompt_tokens"])] == [
+            [1, 2, 3],
+            [1, 2, 3],
+            [1, 2, 4],
+            [1, 2, 4],
+        ]
         assert all(t.tolist() == [10, 11, 12, 13] for t in slices(rows["tokens"]))
         assert all(flags.all() for flags in slices(rows["trainable"]))
         assert rows["reward"].to_pylist() == [1.0, 2.0, 3.0, 4.0]
@@ -125,7 +132,14 @@ def test_noise_on_the_socket_does_not_end_the_process(tmp_path):
         socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(service.endpoint)
-        for frames in ([b""], [b"1"], [b"1", b"\xff\xfe"], [b"1", b"\x80"], [b"1", b"2", b"3", b"4"], [b"1", b"\xc1", b""]):
+        for frames in (
+            [b""],
+            [b"1"],
+            [b"1", b"\xff\xfe"],
+            [b"1", b"\x80"],
+            [b"1", b"2", b"3", b"4"],
+            [b"1", b"\xc1", b""],
+        ):
             socket.send_multipart(frames)
         socket.close()
         assert client.status().version == -1
@@ -146,7 +160,9 @@ def test_the_log_holds_every_token_and_every_change_in_order(tmp_path):
     segments = read_stream(tmp_path / "log" / "segments.arrows").to_pylist()
     assert sum(len(s["tokens"]) for s in segments) == 20
     everything = [
-        row["seq"] for name in ("prompts", "segments", "states") for row in read_stream(tmp_path / "log" / f"{name}.arrows").to_pylist()
+        row["seq"]
+        for name in ("prompts", "segments", "states")
+        for row in read_stream(tmp_path / "log" / f"{name}.arrows").to_pylist()
     ]
     assert sorted(everything) == list(range(len(everything)))
 

@@ -23,9 +23,7 @@ def test_what_is_admitted_can_be_trained_inside_the_bound(held, batch, bound):
         assert held // batch > bound
 
 
-@given(
-    deadlines=st.lists(st.integers(0, 6), max_size=12), version=st.integers(0, 3), batch=st.integers(1, 4)
-)
+@given(deadlines=st.lists(st.integers(0, 6), max_size=12), version=st.integers(0, 3), batch=st.integers(1, 4))
 def test_may_hand_over_is_exactly_earliest_deadline_first_feasibility(deadlines, version, batch):
     left, now, feasible = sorted(deadlines), version, True
     while left:

@@ -58,7 +58,11 @@ async def uninterrupted(prompt):
 
     engine, tokens = await fake(), []
     request = GenerationRequest(
-        request_id="x", tokens=prompt, max_new_tokens=SAMPLING.max_new_tokens, temperature=1.0, stop_token_ids=STOP
+        request_id="x",
+        tokens=prompt,
+        max_new_tokens=SAMPLING.max_new_tokens,
+        temperature=1.0,
+        stop_token_ids=STOP,
     )
     async for chunk in engine.generate(request):
         tokens += chunk.tokens

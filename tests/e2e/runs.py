@@ -1,0 +1,119 @@
+"""Starting `asyncrl launch` as a user does, as a process of its own, and looking at what it leaves."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+
+RECIPE = """
+[run]
+name = "test"
+steps = 3
+folder = "{runs}"
+[model]
+path = "{model}"
+max_context_tokens = 128
+[prompts]
+source = "sums:train"
+held_out = "sums:test"
+held_out_prompts = 16
+prompts_per_step = 4
+rollouts_per_prompt = 4
+task = {{ max_terms = 6 }}
+[sampling]
+max_new_tokens = 48
+flush_tokens = 8
+[[pools]]
+name = "fake"
+engine = "fake"
+engines = 2
+device = "cpu"
+concurrency = 8
+dtype = "float32"
+[rewards]
+terms = [{{ function = "sums" }}]
+[learner]
+device = "cpu"
+learning_rate = 1e-4
+tokens_per_microbatch = 1024
+[weight_sync]
+verify = "never"   # fake engines do not compute with the weights
+"""
+
+
+class Run:
+    """One launch under way."""
+
+    def __init__(self, tmp_path: Path, model: Path, *overrides: str) -> None:
+        recipe = tmp_path / "recipe.toml"
+        self.runs = tmp_path / "runs"
+        recipe.write_text(RECIPE.format(runs=self.runs, model=model))
+        command = [sys.executable, "-P", "-m", "asyncrl.runtime.cli", "launch", str(recipe)]
+        for override in overrides:
+            command += ["--set", override]
+        self.output = tmp_path / "output.txt"
+        self.began = time.time()
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
+            )
+        self.tree = psutil.Process(self.process.pid)
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / "test"
+
+    @property
+    def summary(self) -> dict:
+        return msgspec.json.decode((self.folder / "summary.json").read_bytes())
+
+    def wait_for_step(self, timeout_s: float = 120.0) -> None:
+        """Until a step is done; fails with the output when the run ends or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not re.search(r"^step +\d+/", self.text, re.MULTILINE):
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
+            assert time.monotonic() < deadline, f"made no step:\n{self.text}"
+            time.sleep(0.1)
+
+    def descendants(self) -> list[psutil.Process]:
+        return self.tree.children(recursive=True)
+
+    def part(self, word: str) -> psutil.Process:
+        """The process of a part, by Ray's title of it."""
+        for process in self.descendants():
+            try:
+                if word in " ".join(process.cmdline()):
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+        raise AssertionError(f"no process named {word}: {[p.cmdline() for p in self.descendants()]}")
+
+    def interrupt(self) -> None:
+        os.kill(self.process.pid, signal.SIGINT)
+
+    def end(self, timeout_s: float = 120.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def left_over(self, processes: list[psutil.Process], grace_s: float = 3.0) -> list[psutil.Process]:
+        """Those of `processes` that still run after a short grace."""
+        _, alive = psutil.wait_procs(processes, timeout=grace_s)
+        return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def kill(self) -> None:
+        """For the end of a test that failed in the middle."""
+        for process in [*self.descendants(), self.tree] if self.process.poll() is None else []:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait(10)

@@ -1,0 +1,125 @@
+"""The whole system, launched as a user does: Ray, buffer, engines, learner, weight sync, summary, and a clean end."""
+
+import contextlib
+import time
+
+import pyarrow as pa
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asyncrl.buffer.log import read_stream
+from asyncrl.learner.tiny_model import character_tokenizer, new_model
+from tests.e2e.runs import Run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer("0123456789+=;")
+    tokenizer.save_pretrained(folder)
+    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=256, seed=0).save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def launched(tmp_path, model, *overrides):
+    run = Run(tmp_path, model, *overrides)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+VLLM = (
+    "pools.0.engine=vllm",
+    "pools.0.engines=1",
+    "pools.0.concurrency=16",
+    "pools.0.kv_cache_bytes=134217728",
+)
+
+
+def check_sound(summary, steps):
+    assert summary["outcome"] == "finished" and summary["steps_done"] == steps
+    assert summary["versions_published"] == steps
+    assert summary["conservation"]["holds"] and summary["rollouts_trained"] == steps * 16
+    assert summary["tokens_past_bound"] == 0 and summary["tokens_trained"] > 0
+
+
+@pytest.mark.vllm
+def test_a_run_on_real_vllm(tmp_path, model):
+    with launched(tmp_path, model, *VLLM, "weight_sync.verify=always", "run.steps=6") as run:
+        run.wait_for_step()
+        children = run.descendants()
+        assert run.end() == 0, run.text
+        assert run.left_over(children) == []
+    check_sound(run.summary, steps=6)
+    mismatch = run.summary["mismatch"]
+    assert mismatch["tokens"] > 0 and mismatch["max"] <= 1e-3
+    assert run.summary["rollouts_over_versions"] > 0
+    assert run.summary["held_out_before"]["version"] == 0 and run.summary["held_out_after"]["version"] == 6
+    assert (run.folder / "report.png").stat().st_size > 10_000
+    trained = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    before = AutoModelForCausalLM.from_pretrained(model)
+    assert any((a != b).any() for a, b in zip(trained.parameters(), before.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(run.folder / "model").decode([1, 2]) is not None
+    check_log(run.folder / "rollouts", steps=6)
+
+
+def check_log(folder, steps):
+    """What lies on disk agrees with what was trained."""
+    states = read_stream(folder / "states.arrows")
+    trained = states.filter(pa.compute.equal(states["state"], "TRAINED"))
+    assert trained.num_rows == steps * 16
+    segments = read_stream(folder / "segments.arrows")
+    assert set(trained["rollout_id"].to_pylist()) <= set(segments["rollout_id"].to_pylist())
+    assert max(segments["version"].to_pylist()) >= 1
+
+
+def test_two_learner_ranks_and_two_engines(tmp_path, model):
+    with launched(tmp_path, model, "learner.ranks=2") as run:
+        run.wait_for_step()
+        children = run.descendants()
+        assert run.end() == 0, run.text
+        assert run.left_over(children) == []
+    check_sound(run.summary, steps=3)
+
+
+def test_ctrl_c_ends_cleanly_and_keeps_what_was_learned(tmp_path, model):
+    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+        run.wait_for_step()
+        children = run.descendants()
+        began = time.monotonic()
+        run.interrupt()
+        assert run.end(30) == 130, run.text
+        assert time.monotonic() - began < 15
+        assert run.left_over(children) == []
+    assert run.summary["outcome"] == "stopped" and run.summary["conservation"]["holds"]
+    assert (run.folder / "model" / "config.json").is_file()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, model):
+    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+        run.wait_for_step()
+        children = run.descendants()
+        run.interrupt()
+        time.sleep(0.3)
+        began = time.monotonic()
+        run.interrupt()
+        assert run.end(30) == 130, run.text
+        assert time.monotonic() - began < 5
+        assert run.left_over(children) == []
+
+
+@pytest.mark.parametrize("part", ["LearnerPart", "EnginePart", "BufferPart"])
+def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
+    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+        run.wait_for_step()
+        children = run.descendants()
+        began = time.monotonic()
+        run.part(part).kill()
+        assert run.end(60) == 1, run.text
+        assert time.monotonic() - began < 45
+        assert run.left_over(children) == []
+    name = {"LearnerPart": "learner-0", "EnginePart": "fake-", "BufferPart": "buffer"}[part]
+    outcome = run.summary["outcome"]
+    assert outcome.startswith("failed: ") and name in outcome

@@ -1,0 +1,83 @@
+"""From vLLM's deltas to chunks: versions by spans, and the check against the final account."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncrl.generators.vllm_stream import Stream, VersionMismatch, versions_of
+
+VERSIONS = st.lists(st.integers(0, 3), max_size=40).map(sorted)
+
+
+def spans_of(versions: list[int]) -> list[tuple[str, int]]:
+    """The spans that the engine core keeps after sampling tokens of these versions."""
+    return [(str(v), index) for index, v in enumerate(versions) if index == 0 or versions[index - 1] != v]
+
+
+def output(tokens: list[int], reason: str | None = None, final: list[tuple[str, int]] | None = None) -> Any:
+    spans = (
+        None if final is None else [SimpleNamespace(version=version, start=start) for version, start in final]
+    )
+    completion = SimpleNamespace(
+        token_ids=tokens,
+        logprobs=SimpleNamespace(logprobs=[-0.5] * len(tokens)),
+        finish_reason=reason,
+        weight_versions=spans,
+    )
+    return SimpleNamespace(outputs=[completion], finished=reason is not None)
+
+
+@given(VERSIONS, st.data())
+def test_versions_of_any_part_are_those_of_its_tokens(versions: list[int], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(versions)))
+    count = data.draw(st.integers(0, len(versions) - start))
+    assert versions_of(spans_of(versions), start, count) == versions[start : start + count]
+
+
+def test_a_token_before_the_first_span_is_an_error() -> None:
+    with pytest.raises(VersionMismatch):
+        versions_of([], 0, 1)
+    with pytest.raises(VersionMismatch):
+        versions_of([("4", 3)], 2, 2)
+
+
+@given(VERSIONS, st.data())
+def test_a_stream_gives_each_token_its_version_however_the_deltas_are_cut(
+    versions: list[int], data: st.DataObject
+) -> None:
+    """The state may know later spans already when an earlier delta is read."""
+    state = SimpleNamespace(weight_version_starts=spans_of(versions))
+    stream = Stream("r", state)
+    got: list[int] = []
+    while len(got) < len(versions):
+        count = data.draw(st.integers(1, len(versions) - len(got)))
+        chunk = stream.chunk(output(list(range(count))))
+        assert chunk.tokens == list(range(count))
+        assert len(chunk.logprobs) == count
+        assert chunk.finish_reason is None
+        got += chunk.versions
+    assert stream.chunk(output([], "length", spans_of(versions))).finish_reason == "length"
+    assert got == versions
+
+
+def test_a_request_that_ended_before_it_was_looked_up_takes_versions_from_its_final_output() -> None:
+    chunk = Stream("r", None).chunk(output([7, 8, 9], "abort", [("1", 0), ("2", 2)]))
+    assert chunk.versions == [1, 1, 2]
+    assert chunk.finish_reason == "abort"
+
+
+def test_disagreement_with_the_final_account_raises() -> None:
+    stream = Stream("r", SimpleNamespace(weight_version_starts=[("1", 0)]))
+    stream.chunk(output([7, 8]))
+    with pytest.raises(VersionMismatch, match="request r"):
+        stream.chunk(output([9], "stop", [("1", 0), ("2", 1)]))
+
+
+def test_an_end_that_nobody_asked_for_raises() -> None:
+    with pytest.raises(RuntimeError, match="'error'"):
+        Stream("r", None).chunk(output([], "error", []))

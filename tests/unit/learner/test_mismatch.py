@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asyncrl.learner.mismatch import difference, present_version
+
+ORACLE = Path(__file__).parents[2] / "data" / "objectives.npz"
+
+
+def test_k3_is_the_one_of_verl() -> None:
+    with np.load(ORACLE) as oracle:
+        mask = oracle["mask"].astype(bool)
+        found = difference(oracle["old_logp"], oracle["rollout_logp"], mask)
+        assert found.k3 == pytest.approx(float(oracle["verl/offpolicy/k3_kl"]), abs=1e-10)
+
+
+def test_figures_by_hand() -> None:
+    learner = np.array([0.0, -1.0, -2.0, -3.0], dtype=np.float32)
+    engine = np.array([0.5, -1.0, -2.25, 7.0], dtype=np.float32)
+    found = difference(learner, engine, np.array([True, True, True, False]))
+    assert (found.tokens, found.max_abs, found.mean_abs) == (3, 0.5, 0.25)
+    assert found.p95_abs == pytest.approx(0.475)
+    assert found.k3 == pytest.approx((math.exp(-0.5) - 0.5 + math.exp(0.25) - 1.25) / 3)
+
+
+def test_only_trainable_tokens_of_the_present_version_count_as_mismatch() -> None:
+    chosen = present_version(np.array([3, 4, 4, 5]), np.array([True, True, False, True]), 4)
+    assert chosen.tolist() == [False, True, False, False]
+
+
+def test_nothing_to_measure_is_not_zero() -> None:
+    found = difference(np.zeros(2), np.zeros(2), np.zeros(2, dtype=bool))
+    assert found.tokens == 0 and math.isnan(found.max_abs) and math.isnan(found.k3)

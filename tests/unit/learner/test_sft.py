@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asyncrl.learner.config import SFTConfig
+from asyncrl.learner.sft import Pair, SFTProgress, sft_tokenizer, train_sft
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _config(**settings: object) -> SFTConfig:
+    defaults = {"hidden_size": 64, "heads": 2, "layers": 2, "steps": 40, "pairs_per_step": 16}
+    defaults |= {"warmup_steps": 5, "learning_rate": 5e-3}
+    return SFTConfig(source="copies", **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def _pairs(config: SFTConfig) -> Iterator[Pair]:
+    """`d=` -> `dd`: what a model learns in a few steps."""
+    tokenizer, draw = sft_tokenizer(config), random.Random(0)
+    while True:
+        digit = str(draw.randint(0, 9))
+        yield tokenizer.encode(digit + "="), [*tokenizer.encode(digit * 2), tokenizer.eos_token_id]
+
+
+def test_a_model_learns_its_pairs_and_loads_elsewhere(tmp_path: Path) -> None:
+    config, seen = _config(cosine_decay=True), list[SFTProgress]()
+    train_sft(config, _pairs(config), tmp_path / "model", progress=seen.append)
+    assert [p.step for p in seen] == list(range(1, 41))
+    assert seen[0].loss > 2 and seen[-1].loss < 0.5
+    rates = [p.learning_rate for p in seen]
+    assert rates[:5] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, 5e-3])
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] == pytest.approx(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    prompt = torch.tensor([tokenizer.encode("7=")])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(out[0]) == "7=77<eos>"
+
+
+def test_the_same_seed_gives_the_same_model_and_init_goes_on_from_one(tmp_path: Path) -> None:
+    config = _config(steps=3)
+    for name in ("a", "b"):
+        train_sft(config, _pairs(config), tmp_path / name)
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    more = _config(steps=1, init=str(tmp_path / "a"), learning_rate=1e-9)
+    assert sft_tokenizer(more).get_vocab() == sft_tokenizer(config).get_vocab()
+    train_sft(more, _pairs(more), tmp_path / "c")
+    c = AutoModelForCausalLM.from_pretrained(tmp_path / "c").state_dict()
+    assert all(torch.allclose(a[name], c[name], atol=1e-6) for name in a)
+
+
+def test_too_few_pairs_and_empty_ones_are_refused_and_leave_no_folder(tmp_path: Path) -> None:
+    config = _config(steps=3)
+    with pytest.raises(ValueError, match=r"gave 20 pairs, .* = 48 are needed"):
+        train_sft(config, itertools.islice(_pairs(config), 20), tmp_path / "model")
+    with pytest.raises(ValueError, match="step 1: a pair has an empty"):
+        train_sft(config, itertools.repeat(([1], [])), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        train_sft(_config(), iter(()), tmp_path)
