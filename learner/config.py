@@ -11,7 +11,9 @@ NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class GRPO(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="grpo", tag_field="type"):
+class GRPO(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="grpo", tag_field="type"
+):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) with an asymmetric clip
     (DAPO, arXiv:2503.14476) and truncated importance sampling against the behaviour policy."""
 
@@ -58,6 +60,9 @@ class SFTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     pairs_per_step: Positive = 64
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: NonNegative = 20
+    cosine_decay: bool = False
+    """Lower the rate to 0 towards the last step. For a model that reinforcement learning goes on with, better not: stopped at
+    the full rate it has errors that a few steps of GRPO remove, while from an annealed one they make it worse at first."""
     seed: int = 0
     init: str = ""
     """A model folder to start from; empty: a new model of the sizes below with a character tokenizer."""

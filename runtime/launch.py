@@ -28,7 +28,7 @@ from asyncrl.runtime import facts
 from asyncrl.runtime.metrics import open_metrics, read_facts
 from asyncrl.runtime.observer import Observer, RunStalled
 from asyncrl.runtime.placement import PlacementError, place, start_ray
-from asyncrl.runtime.processes import end_processes
+from asyncrl.runtime.processes import adopt_orphans, end_processes, kill_at_once
 from asyncrl.runtime.report import write_report
 from asyncrl.runtime.run_folder import RunFolder, new_run_folder
 from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summary
@@ -45,6 +45,7 @@ def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Con
     """Runs the recipe; returns the exit code: 0 finished, 1 failed, 130 stopped."""
     began = time.monotonic()
     run_id = secrets.token_hex(6)
+    adopt_orphans()
     model_s = make_model(recipe, recipe_path, overrides, console)
     folder = new_run_folder(recipe)
     console.print(f"run {folder.path.name}: {folder.path}", highlight=False)
@@ -61,7 +62,7 @@ def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Con
     finally:
         with observer.phase(facts.SHUTDOWN):
             ray.shutdown()
-            killed = end_processes(run_id, 3.0)
+            killed = end_processes(3.0)
         view.close()
         metrics.close()
     if killed:
@@ -91,11 +92,11 @@ async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: O
     """The outcome, as the summary has it."""
     stop = asyncio.Event()
     supervisor: Supervisor | None = None
-    _on_signals(stop, run_id, observer.note)
+    _on_signals(stop, observer.note)
     try:
         with observer.phase(facts.RAY_START):
-            await asyncio.to_thread(start_ray, recipe, run_id)
-            _on_signals(stop, run_id, observer.note)  # Ray has installed its own
+            await asyncio.to_thread(start_ray, recipe)
+            _on_signals(stop, observer.note)  # Ray has installed its own
             parts = await asyncio.to_thread(place, recipe, str(folder.path), run_id)
         frontier, tests = await asyncio.to_thread(_prompts, recipe)
         supervisor = Supervisor(recipe, folder, parts, observer, frontier, tests, stop)
@@ -130,11 +131,11 @@ def _prompts(recipe: Recipe) -> tuple[Frontier, list[Prompt]]:
     return Frontier(source, recipe.prompts.seed), held_out(recipe.prompts, tokenizer)
 
 
-def _on_signals(stop: asyncio.Event, run_id: str, note: Callable[[str], None]) -> None:
+def _on_signals(stop: asyncio.Event, note: Callable[[str], None]) -> None:
     def asked() -> None:
         if stop.is_set():
-            end_processes(run_id, 0.0)
-            os._exit(130)  # at once: nothing that could wait is run any more
+            kill_at_once()
+            os._exit(130)  # before Ray notices that its processes are gone and ends this one in its own way
         stop.set()
         note(f"stopping within {STOP_S + 5:.0f} s; Ctrl-C again kills at once")
 

@@ -20,7 +20,6 @@ from asyncrl.recipes.preflight import usable_cores
 from asyncrl.runtime.buffer_part import BufferPart
 from asyncrl.runtime.engine_part import EnginePart
 from asyncrl.runtime.learner_part import LearnerPart
-from asyncrl.runtime.processes import RUN_VARIABLE
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest: nothing of size travels through it."""
@@ -39,10 +38,9 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
     learners: list[Any]
 
 
-def start_ray(recipe: Recipe, run_id: str) -> None:
-    """Starts Ray here, or joins the cluster at `run.ray_address`. Children carry the run's mark."""
+def start_ray(recipe: Recipe) -> None:
+    """Starts Ray here, or joins the cluster at `run.ray_address`."""
     variables = {
-        RUN_VARIABLE: run_id,
         "PYTHONSAFEPATH": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

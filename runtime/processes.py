@@ -1,42 +1,63 @@
-"""Finding and ending every process of a run on this machine, whoever started it.
+"""Finding and ending every process that this one has started, grandchildren that Ray does not know of included.
 
-Each process of a run, grandchildren that Ray does not know of included, carries `ASYNCRL_RUN=<run id>` in its
-environment. So none can hide, and none of another run is touched. Called by launch, last.
+The launching process adopts orphans (Linux: `PR_SET_CHILD_SUBREAPER`): an engine's child whose parent was killed
+becomes the launcher's own child instead of the system's, so the tree below the launcher is always the whole run.
+Called by launch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from typing import Final
 
 import psutil
 
-RUN_VARIABLE: Final = "ASYNCRL_RUN"
+_PR_SET_CHILD_SUBREAPER = 36
 
 
-def processes_of(run_id: str) -> list[psutil.Process]:
-    """Every process with the mark of this run, but this one and its ancestors."""
-    mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid not in mine and process.environ().get(RUN_VARIABLE) == run_id:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue  # ended since it was listed, or another user's
+def adopt_orphans() -> None:
+    """From now on orphans below this process come to it. Raises OSError where the kernel refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def descendants() -> list[psutil.Process]:
+    found: list[psutil.Process] = psutil.Process(os.getpid()).children(recursive=True)
     return found
 
 
-def end_processes(run_id: str, grace_s: float) -> list[str]:
-    """Terminates what is left of the run, then kills it after `grace_s`; returns the names of what had to be killed."""
-    left = processes_of(run_id)
-    for process in left:
-        _signal(process, kill=grace_s <= 0)
-    _, alive = psutil.wait_procs(left, timeout=max(grace_s, 0.0))
-    for process in alive:
+def kill_at_once() -> None:
+    """Kills everything below this process without waiting for it to be gone: the caller exits next."""
+    for process in descendants():
         _signal(process, kill=True)
-    psutil.wait_procs(alive, timeout=5.0)
-    return [_name(process) for process in alive]
+
+
+def end_processes(grace_s: float) -> list[str]:
+    """Ends everything below this process: asks, and kills after `grace_s`. Returns the names of what it killed."""
+    left = descendants()
+    if grace_s > 0:
+        for process in left:
+            _signal(process, kill=False)
+        psutil.wait_procs(left, timeout=grace_s)
+    killed = []
+    # Killing a parent may bring an orphan up; ends when nothing is left, at the latest after a few generations.
+    for _ in range(5):
+        alive = [process for process in descendants() if _runs(process)]
+        if not alive:
+            break
+        killed += [_name(process) for process in alive]
+        for process in alive:
+            _signal(process, kill=True)
+        psutil.wait_procs(alive, timeout=2.0)
+    return killed
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, *, kill: bool) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 from asyncrl.weight_sync.plan import Plan, make_plan
-from asyncrl.weight_sync.slots import Slot, Slots
+from asyncrl.weight_sync.slots import Slots
 from asyncrl.weight_sync.wire import Offer
 
 
@@ -59,6 +59,3 @@ class Offers:
             (byte,) = file.read(1)
             file.seek(-1, 1)
             file.write(bytes([byte ^ 0xFF]))
-
-    def slot(self) -> Slot:
-        return self._slots.next()

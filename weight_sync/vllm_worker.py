@@ -41,8 +41,6 @@ from asyncrl.weight_sync.plan import Bucket
 from asyncrl.weight_sync.wire import Offer
 
 BACKEND = "asyncrl"
-
-
 OWNER_VARIABLE = "ASYNCRL_ENGINE_OWNER"
 """Environment variable with the process id of the engine's own process, which this one must not outlive."""
 
@@ -61,12 +59,9 @@ def _end_with(owner: int) -> None:
 
     def wait() -> None:
         select.select([descriptor], [], [])
-        core = multiprocessing.parent_process()
-        if core is not None and core.pid not in (
-            None,
-            owner,
-        ):  # several workers: their parent is the engine core
-            os.kill(core.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid is not None and parent.pid != owner:
+            os.kill(parent.pid, signal.SIGKILL)  # one of several workers: the parent is the engine core
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="asyncrl-owner", daemon=True).start()

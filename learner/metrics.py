@@ -1,0 +1,136 @@
+"""What one training step says of itself, and how it is computed from whole-batch columns.
+
+Every rank has the whole columns (see `batch`), so every rank computes the same figures. Called by `step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from asyncrl.learner.batch import Batch
+from asyncrl.learner.config import GRPO
+from asyncrl.learner.mismatch import difference, present_version
+from asyncrl.learner.objective import clip_acts, importance_weights
+
+
+class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of one batch. Logprobs in nats; `nan` where there was nothing to measure."""
+
+    loss: float
+    """Mean over the minibatches, each before its own optimizer step."""
+    grad_norm: float
+    """Before clipping, mean over the minibatches."""
+    learning_rate: float
+    optimizer_steps: float
+    reward_mean: float
+    reward_std: float
+    advantage_mean: float
+    """Over trainable tokens."""
+    advantage_std: float
+    groups_without_signal: float
+    """Fraction of groups whose advantages are all 0."""
+    entropy: float
+    """Estimate: -mean logprob of the trainable tokens under the learner at batch start."""
+    clip_fraction: float
+    """Of trainable tokens, those whose gradient the clip cut off."""
+    importance_mean: float
+    importance_capped: float
+    """Fraction of trainable tokens whose importance weight is at the cap."""
+    mismatch_tokens: float
+    mismatch_max: float
+    mismatch_mean: float
+    mismatch_p95: float
+    mismatch_k3: float
+    drift_max: float
+    drift_mean: float
+    drift_p95: float
+    drift_k3: float
+    tokens_trained: float
+    tokens_masked: float
+    """Answer tokens kept as context only."""
+    tokens_padded: float
+    tokens_total: float
+    """Prompt and answer tokens, without padding."""
+    response_length_mean: float
+    response_length_max: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    gather_s: float
+    """Spent in gathering weights since the step before."""
+    step_s: float
+    tokens_per_s: float
+    """tokens_total / step_s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Per-token columns of one batch: [tokens] each, whole on every rank."""
+
+    behaviour: torch.Tensor
+    proximal: torch.Tensor
+    current: torch.Tensor
+    """At the token's own forward pass in training: for the first minibatch the same as `proximal`."""
+    advantages: torch.Tensor
+    trainable: torch.Tensor
+
+
+def learning_figures(
+    batch: Batch, columns: Columns, advantages: torch.Tensor, objective: GRPO
+) -> dict[str, float]:
+    """Rewards, advantages ([rows]), policy and clip."""
+    kept = columns.trainable
+    weights = importance_weights(columns.proximal, columns.behaviour, objective.importance_cap)[kept]
+    cut = clip_acts(
+        columns.current, columns.proximal, columns.advantages, objective.clip_low, objective.clip_high
+    )
+    signal = np.zeros(int(batch.group.max()) + 1, dtype=bool)
+    np.logical_or.at(signal, batch.group, advantages.cpu().numpy() != 0)
+    return {
+        "reward_mean": float(batch.reward.mean()),
+        "reward_std": float(batch.reward.std()),
+        "advantage_mean": _mean(columns.advantages[kept]),
+        "advantage_std": float(columns.advantages[kept].std(correction=0)) if kept.any() else float("nan"),
+        "groups_without_signal": float(1 - signal.mean()),
+        "entropy": -_mean(columns.proximal[kept]),
+        "clip_fraction": _mean(cut[kept]),
+        "importance_mean": _mean(weights),
+        "importance_capped": _mean(weights >= objective.importance_cap),
+    }
+
+
+def mismatch_figures(batch: Batch, proximal: np.ndarray, version: int) -> dict[str, float]:
+    """`mismatch_*` and `drift_*`; see `mismatch`. The learner's logprobs are those at batch start."""
+    same = difference(proximal, batch.behaviour, present_version(batch.versions, batch.trainable, version))
+    every = difference(proximal, batch.behaviour, np.ones(batch.tokens, dtype=bool))
+    return {
+        "mismatch_tokens": float(same.tokens),
+        "mismatch_max": same.max_abs,
+        "mismatch_mean": same.mean_abs,
+        "mismatch_p95": same.p95_abs,
+        "mismatch_k3": same.k3,
+        "drift_max": every.max_abs,
+        "drift_mean": every.mean_abs,
+        "drift_p95": every.p95_abs,
+        "drift_k3": every.k3,
+    }
+
+
+def size_figures(batch: Batch) -> dict[str, float]:
+    trained = int(batch.trainable.sum())
+    lengths = batch.sequences.answer_lengths
+    return {
+        "tokens_trained": float(trained),
+        "tokens_masked": float(batch.tokens - trained),
+        "tokens_total": float(batch.sequences.lengths.sum()),
+        "response_length_mean": float(lengths.mean()),
+        "response_length_max": float(lengths.max()),
+    }
+
+
+def _mean(values: torch.Tensor) -> float:
+    return float(values.double().mean()) if len(values) else float("nan")

@@ -1,0 +1,44 @@
+"""How far the engines' logprobs are from the learner's. Measured in every step, on all tokens of the batch at once.
+
+`mismatch`: trainable tokens that the learner's present version sampled. Same weights, so the difference is numerics or a bug.
+`drift`: all tokens; older versions count too, so it is off-policyness and mismatch together.
+Called by `step`. The columns are already whole on every rank, so the figures are exact, the percentile too.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """Of d = log pi_learner - log pi_engine over some tokens. Without tokens all are nan: unknown, not zero."""
+
+    tokens: int
+    max_abs: float
+    mean_abs: float
+    p95_abs: float
+    k3: float
+    """mean(exp(d) - 1 - d): estimates KL(engine || learner), never negative (Schulman 2020, "Approximating KL divergence")."""
+
+
+def difference(learner: np.ndarray, engine: np.ndarray, chosen: np.ndarray) -> Difference:
+    """Args: logprobs [tokens], [tokens]; `chosen` [tokens] bool. Computed in float64."""
+    d = learner[chosen].astype(np.float64) - engine[chosen]
+    if not len(d):
+        nan = float("nan")
+        return Difference(tokens=0, max_abs=nan, mean_abs=nan, p95_abs=nan, k3=nan)
+    size = np.abs(d)
+    return Difference(
+        tokens=len(d),
+        max_abs=float(size.max()),
+        mean_abs=float(size.mean()),
+        p95_abs=float(np.quantile(size, 0.95)),
+        k3=float((np.expm1(d) - d).mean()),
+    )
+
+
+def present_version(versions: np.ndarray, trainable: np.ndarray, version: int) -> np.ndarray:
+    """[tokens] bool: trainable tokens sampled by `version`."""
+    chosen: np.ndarray = trainable & (versions == version)
+    return chosen

@@ -1,0 +1,287 @@
+"""One rank of the learner: a batch in, new weights and figures out.
+
+    table --share--> every rank --divide--> micro-batches --forward/backward--> gradients --clip--> AdamW
+                                     \\-- current logprobs, whole on every rank --> checks and figures
+
+Invariants:
+- All public methods but `plan` and `close` are collectives: every rank calls them in the same order.
+- No optimizer step is taken on a loss or gradient that is not finite; all ranks then raise the same `NonFiniteLoss`.
+- The gradient does not depend on the division into ranks and micro-batches: the loss is a sum over tokens divided by the
+  trainable tokens of the whole minibatch.
+One thread of one process per rank calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from asyncrl.learner.advantages import group_relative
+from asyncrl.learner.batch import Batch, make_microbatches, read_table, split_groups
+from asyncrl.learner.config import LearnerConfig
+from asyncrl.learner.distributed import init_distributed, leave_distributed, share_table, this_device
+from asyncrl.learner.metrics import Columns, StepMetrics, learning_figures, mismatch_figures, size_figures
+from asyncrl.learner.model import checkpoint_parameters, load_policy
+from asyncrl.learner.objective import clipped_surrogate, importance_weights, token_mean
+from asyncrl.learner.optimizer import adamw, set_learning_rate, warmed_up
+from asyncrl.learner.rows import MicroBatch
+from asyncrl.learner.weights import save_folder, whole
+from asyncrl.weight_sync.plan import Bucket, Plan, make_plan
+
+logger = logging.getLogger(__name__)
+
+_NAMED_ROLLOUTS = 8
+"""How many rollouts an error names."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite. The weights are those of before the optimizer step."""
+
+
+class Learner:
+    """`rank` of `ranks`, which meet at `address` (host:port; unused with one rank)."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        model_path: str | Path,
+        temperature: float,
+        rank: int = 0,
+        ranks: int = 1,
+        address: str = "",
+    ) -> None:
+        """`temperature` is the sampling temperature: logprobs are of the distribution that was sampled from."""
+        if config.device == "cpu":
+            torch.set_num_threads(config.cores)
+        mesh = init_distributed(
+            rank, ranks, address, config.device, config.step_timeout_s, start_timeout_s=config.start_timeout_s
+        )
+        self._config, self._model_path, self._temperature = config, model_path, temperature
+        self._rank, self._ranks = rank, ranks
+        self._device = this_device(config.device)
+        self._policy = load_policy(model_path, mesh, config.dtype)
+        self._parameters = checkpoint_parameters(self._policy)
+        self._optimizer = adamw(
+            self._parameters.values(), (config.adam_beta1, config.adam_beta2), config.weight_decay
+        )
+        self._steps_taken = 0
+        self._seconds = {"forward_s": 0.0, "backward_s": 0.0, "optimizer_s": 0.0, "gather_s": 0.0}
+
+    def train(self, table: pa.Table | None, version: int) -> StepMetrics:
+        """Trains on one batch of schema `buffer.schema.BATCH`, handed over while `version` was the learner's own.
+
+        Rank 0 gives the table; the others give None and get it from rank 0. Raises `NonFiniteLoss`, or ValueError for a table
+        that is not a batch.
+        """
+        start = self._clock()
+        table, version = share_table(table, version, self._rank, self._device)
+        batch = read_table(table)
+        advantages = group_relative(
+            torch.from_numpy(batch.reward.astype(np.float64)),
+            torch.from_numpy(batch.group),
+            normalise_std=self._config.objective.normalise_std,
+        )
+        minibatches = split_groups(batch.group, self._config.minibatches_per_step)
+        passes = [self._divide(batch, rows) for rows in minibatches]
+        columns = self._columns(batch, advantages)
+        self._proximal_of_later(passes[1:], columns)
+        losses, norms = [], []
+        for index, (rows, part) in enumerate(zip(minibatches, passes, strict=True)):
+            loss, norm = self._minibatch(batch, rows, part, columns, first=index == 0)
+            losses.append(loss)
+            norms.append(norm)
+        seconds = self._clock() - start
+        figures = {
+            **learning_figures(batch, columns, advantages, self._config.objective),
+            **mismatch_figures(batch, columns.proximal.cpu().numpy(), version),
+            **size_figures(batch),
+            **self._seconds,
+        }
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        return StepMetrics(
+            loss=float(np.mean(losses)),
+            grad_norm=float(np.mean(norms)),
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            optimizer_steps=float(self._steps_taken),
+            tokens_padded=self._padding(passes),
+            step_s=seconds,
+            tokens_per_s=figures["tokens_total"] / seconds,
+            **figures,
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding: every token id is below it."""
+        return int(self._policy.lm.config.vocab_size)
+
+    def plan(self, bucket_bytes: int, wire_dtype: str | None = None) -> Plan:
+        """The buckets of this model's parameters, in checkpoint names, tied ones once; the same on every rank.
+
+        `wire_dtype`: a torch dtype's name, or None for that of the masters.
+        """
+        specs = [
+            (name, wire_dtype or str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape))
+            for name, parameter in self._parameters.items()
+        ]
+        return make_plan(specs, bucket_bytes)
+
+    def gather(self, bucket: Bucket) -> dict[str, torch.Tensor]:
+        """The bucket's tensors, whole, in the plan's dtypes, on the learner's device. A collective.
+
+        Valid until the next `train`: on one rank they may be the masters themselves.
+        """
+        start = self._clock()
+        tensors = {
+            spec.name: whole(self._parameters[spec.name], getattr(torch, spec.dtype))
+            for spec in bucket.tensors
+        }
+        self._seconds["gather_s"] += self._clock() - start
+        return tensors
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """Logprob of each token after the first at temperature 1: [len(tokens) - 1]. A collective, same tokens on all ranks."""
+        row = torch.tensor([tokens], device=self._device)
+        places = torch.arange(len(tokens) - 1, device=self._device)
+        out = self._policy.logprobs_no_grad(row[:, :-1], places, row[0, 1:], 1.0)
+        return [float(value) for value in out.cpu()]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a Hugging Face folder, atomically, on rank 0. A collective. Raises FileExistsError if it is there."""
+        save_folder(self._policy, self._model_path, Path(folder), rank=self._rank)
+
+    def close(self) -> None:
+        """Leaves the process group; the learner cannot be used any more."""
+        leave_distributed()
+
+    def _divide(self, batch: Batch, rows: np.ndarray) -> list[MicroBatch]:
+        return make_microbatches(batch, rows, self._config.tokens_per_microbatch, self._rank, self._ranks)
+
+    def _columns(self, batch: Batch, advantages: torch.Tensor) -> Columns:
+        per_token = advantages[torch.from_numpy(batch.sequences.row_of_token())].float()
+        zeros = torch.zeros(batch.tokens, device=self._device)
+        return Columns(
+            behaviour=torch.tensor(batch.behaviour, device=self._device),
+            proximal=zeros,
+            current=zeros.clone(),
+            advantages=per_token.to(self._device),
+            trainable=torch.tensor(batch.trainable, device=self._device),
+        )
+
+    def _proximal_of_later(self, later: list[list[MicroBatch]], columns: Columns) -> None:
+        """Minibatches after the first see moved weights, so their proximal logprobs are computed before any step."""
+        if not later:
+            return
+        start = self._clock()
+        for part in (part for passes in later for part in passes):
+            out = self._policy.logprobs_no_grad(*self._inputs(part), self._temperature)
+            columns.proximal[part.place.to(self._device)] = out
+        dist.all_reduce(columns.proximal)
+        self._seconds["forward_s"] += self._clock() - start
+
+    def _minibatch(
+        self, batch: Batch, rows: np.ndarray, passes: list[MicroBatch], columns: Columns, *, first: bool
+    ) -> tuple[float, float]:
+        """Gradients of one minibatch, and the optimizer step if they are finite. Returns loss and gradient norm."""
+        mine = torch.zeros_like(columns.current)
+        places = torch.from_numpy(np.flatnonzero(np.isin(batch.sequences.row_of_token(), rows))).to(
+            self._device
+        )
+        count = int(columns.trainable[places].sum())
+        for part in passes:
+            self._micro_batch(part, columns, mine, count, first=first)
+        dist.all_reduce(mine)
+        columns.current[places] = mine[places]
+        if first:
+            columns.proximal[places] = mine[places]
+        loss = self._check_losses(batch, columns, places, count)
+        start = self._clock()
+        norm = self._take_step(batch, rows, skip=count == 0)
+        self._seconds["optimizer_s"] += self._clock() - start
+        return loss, norm
+
+    def _micro_batch(
+        self, part: MicroBatch, columns: Columns, mine: torch.Tensor, count: int, *, first: bool
+    ) -> None:
+        start = self._clock()
+        place = part.place.to(self._device)
+        current = self._policy(*self._inputs(part), self._temperature)
+        mine[place] = current.detach()
+        proximal = current.detach() if first else columns.proximal[place]
+        losses = self._losses(current, proximal, columns, place)
+        # FSDP averages gradients over the ranks; the loss is a sum over them.
+        loss = token_mean(losses, columns.trainable[place], max(count, 1)) * self._ranks
+        forwarded = self._clock()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._seconds["forward_s"] += forwarded - start
+        self._seconds["backward_s"] += self._clock() - forwarded
+
+    def _losses(
+        self, current: torch.Tensor, proximal: torch.Tensor, columns: Columns, place: torch.Tensor
+    ) -> torch.Tensor:
+        objective = self._config.objective
+        surrogate = clipped_surrogate(
+            current, proximal, columns.advantages[place], objective.clip_low, objective.clip_high
+        )
+        return importance_weights(proximal, columns.behaviour[place], objective.importance_cap) * surrogate
+
+    def _check_losses(self, batch: Batch, columns: Columns, places: torch.Tensor, count: int) -> float:
+        """The minibatch's loss. Raises `NonFiniteLoss`, on every rank alike, if a trainable token's is not finite."""
+        losses = self._losses(columns.current[places], columns.proximal[places], columns, places)
+        kept = columns.trainable[places]
+        wrong = places[~losses.isfinite() & kept]
+        if len(wrong):
+            self._optimizer.zero_grad()
+            rows = np.unique(batch.sequences.row_of_token()[wrong.cpu().numpy()])
+            raise NonFiniteLoss(f"loss is not finite on {len(wrong)} tokens of {_named(batch, rows)}")
+        return float(token_mean(losses.double(), kept, max(count, 1)))
+
+    def _take_step(self, batch: Batch, rows: np.ndarray, *, skip: bool) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        size = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not np.isfinite(size):
+            self._optimizer.zero_grad()
+            raise NonFiniteLoss(f"gradient norm is {size} on {_named(batch, rows)}")
+        if not skip:
+            self._steps_taken += 1
+            rate = warmed_up(self._config.learning_rate, self._steps_taken, self._config.warmup_steps)
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return size
+
+    def _inputs(self, part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            part.input_ids.to(self._device),
+            part.predictors.to(self._device),
+            part.targets.to(self._device),
+        )
+
+    def _padding(self, passes: list[list[MicroBatch]]) -> float:
+        mine = sum(part.padding for minibatch in passes for part in minibatch)
+        total = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _named(batch: Batch, rows: np.ndarray) -> str:
+    """`rollouts 7 (versions 3-4), 9 (version 4) and 12 more`: what to look up in the run's rollouts."""
+    names = []
+    starts = batch.sequences.answer_starts
+    for row in rows[:_NAMED_ROLLOUTS]:
+        versions = batch.versions[starts[row] : starts[row + 1]]
+        span = "no tokens" if not len(versions) else f"versions {versions.min()}-{versions.max()}"
+        names.append(f"{batch.rollout_id[row]} ({span})")
+    more = len(rows) - len(names)
+    return f"rollouts {', '.join(names)}" + (f" and {more} more" if more else "")

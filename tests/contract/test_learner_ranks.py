@@ -1,0 +1,160 @@
+"""Two gloo ranks must do what one rank does: same gradients, weights and figures, on the same batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.numpy import load_file
+
+from asyncrl.buffer.schema import BATCH
+from asyncrl.learner.metrics import StepMetrics
+from asyncrl.learner.tiny_model import character_tokenizer, new_model
+
+DEADLINE_S = 250
+TOLERANCE = 1e-5
+
+RANK = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    import msgspec, pyarrow as pa, torch
+    from safetensors.torch import save_file
+    from asyncrl.learner.config import GRPO, LearnerConfig
+    from asyncrl.learner.step import Learner, NonFiniteLoss
+
+    folder, out, rank, ranks, address = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    config = LearnerConfig(
+        device="cpu", ranks=ranks, learning_rate=3e-4, minibatches_per_step=2, tokens_per_microbatch=120,
+        objective=GRPO(clip_low=0.005, clip_high=0.005),
+        start_timeout_s=60, step_timeout_s=60,
+    )
+    learner = Learner(config, folder, 0.9, rank, ranks, address)
+    metrics = []
+    for name in ("batch-0", "batch-1"):
+        table = pa.ipc.open_file(str(Path(folder) / name)).read_all() if rank == 0 else None
+        metrics.append(learner.train(table, 4 if rank == 0 else -1))
+    plan = learner.plan(20_000)
+    weights = {name: t.clone() for bucket in plan.buckets for name, t in learner.gather(bucket).items()}
+    save_file(weights, str(out / f"weights-{rank}"))
+    probe = learner.logprobs([3, 10, 4, 11, 7])
+    learner.save(out / "model")
+    try:
+        learner.train(pa.ipc.open_file(str(Path(folder) / "broken")).read_all() if rank == 0 else None, 4)
+        error = "none"
+    except NonFiniteLoss as fault:
+        error = str(fault)
+    (out / f"report-{rank}").write_bytes(msgspec.json.encode([metrics, probe, error]))
+    learner.close()
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer = character_tokenizer("0123456789+=;")
+    tokenizer.save_pretrained(folder)
+    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=128, seed=3).save_pretrained(folder)
+    random = np.random.default_rng(0)
+    _write(_table(random, groups=5), folder / "batch-0")
+    _write(_table(random, groups=1), folder / "batch-1")  # 3 rollouts: the second rank has an empty pass
+    broken = _table(random, groups=4).to_pylist()
+    broken[5]["logprobs"][0] = float("nan")
+    _write(pa.Table.from_pylist(broken, schema=BATCH), folder / "broken")
+    return folder
+
+
+def _table(random: np.random.Generator, groups: int) -> pa.Table:
+    rows: list[dict[str, object]] = []
+    for group in range(groups):
+        prompt = random.integers(0, 13, random.integers(2, 9)).tolist()
+        for _ in range(3):
+            size = int(random.integers(2, 30))
+            rows.append(
+                {
+                    "rollout_id": len(rows),
+                    "group_id": group,
+                    "prompt_tokens": prompt,
+                    "tokens": random.integers(0, 13, size).tolist(),
+                    "logprobs": random.normal(-2.7, 0.3, size).tolist(),
+                    "versions": random.integers(2, 5, size).tolist(),
+                    "trainable": [True, *(random.random(size - 1) > 0.2).tolist()],
+                    "reward": float(len(rows) % 3 == 0),
+                    "finish_reason": "stop",
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=BATCH)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def _run(folder: Path, out: Path, ranks: int) -> None:
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(out), str(rank), str(ranks), address],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 0, errors[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(timeout=10)
+
+
+def _report(out: Path, rank: int) -> tuple[list[StepMetrics], list[float], str]:
+    raw = (out / f"report-{rank}").read_bytes()
+    return msgspec.json.decode(raw, type=tuple[list[StepMetrics], list[float], str])
+
+
+def test_two_ranks_do_what_one_does(folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    _run(folder, one, 1)
+    _run(folder, two, 2)
+    want = load_file(one / "weights-0")
+    for rank in range(2):
+        found = load_file(two / f"weights-{rank}")
+        assert found.keys() == want.keys()
+        for name in want:
+            np.testing.assert_allclose(found[name], want[name], atol=TOLERANCE, rtol=0, err_msg=name)
+    saved = load_file(two / "model" / "model.safetensors")
+    assert all(np.array_equal(saved[name], load_file(two / "weights-0")[name]) for name in want)
+    metrics, probe, error = _report(one, 0)
+    assert "rollouts 5 (" in error
+    for rank in range(2):
+        theirs, their_probe, their_error = _report(two, rank)
+        assert their_error == error
+        assert their_probe == pytest.approx(probe, abs=TOLERANCE)
+        for ours, other in zip(metrics, theirs, strict=True):
+            _compare(ours, other)
+    assert metrics[0].clip_fraction > 0
+
+
+def _compare(ours: StepMetrics, other: StepMetrics) -> None:
+    """All figures but times and padding, which depend on the division."""
+    for name, value in msgspec.structs.asdict(ours).items():
+        if not name.endswith("_s") and name != "tokens_padded":
+            assert getattr(other, name) == pytest.approx(value, abs=1e-4, rel=1e-4, nan_ok=True), name
