@@ -13,7 +13,7 @@ import torch
 
 from asyncrl.learner.batch import Batch
 from asyncrl.learner.config import GRPO
-from asyncrl.learner.mismatch import difference, present_version
+from asyncrl.learner.mismatch import difference, sampled_by
 from asyncrl.learner.objective import clip_acts, importance_weights
 
 
@@ -105,7 +105,10 @@ def learning_figures(
 
 def mismatch_figures(batch: Batch, proximal: np.ndarray, version: int) -> dict[str, float]:
     """`mismatch_*` and `drift_*`; see `mismatch`. The learner's logprobs are those at batch start."""
-    same = difference(proximal, batch.behaviour, present_version(batch.versions, batch.trainable, version))
+    lengths = batch.sequences.answer_lengths
+    same = difference(
+        proximal, batch.behaviour, sampled_by(version, batch.versions, batch.trainable, lengths)
+    )
     every = difference(proximal, batch.behaviour, np.ones(batch.tokens, dtype=bool))
     return {
         "mismatch_tokens": float(same.tokens),

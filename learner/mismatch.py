@@ -1,6 +1,7 @@
 """How far the engines' logprobs are from the learner's. Measured in every step, on all tokens of the batch at once.
 
-`mismatch`: trainable tokens that the learner's present version sampled. Same weights, so the difference is numerics or a bug.
+`mismatch`: trainable tokens of rollouts that the learner's present version sampled as a whole. Same weights, so the
+difference is numerics or a bug.
 `drift`: all tokens; older versions count too, so it is off-policyness and mismatch together.
 Called by `step`. The columns are already whole on every rank, so the figures are exact, the percentile too.
 """
@@ -38,7 +39,14 @@ def difference(learner: np.ndarray, engine: np.ndarray, chosen: np.ndarray) -> D
     )
 
 
-def present_version(versions: np.ndarray, trainable: np.ndarray, version: int) -> np.ndarray:
-    """[tokens] bool: trainable tokens sampled by `version`."""
-    chosen: np.ndarray = trainable & (versions == version)
+def sampled_by(version: int, versions: np.ndarray, trainable: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[tokens] bool: trainable tokens of rollouts that `version` sampled from their first token on.
+
+    A rollout that goes on across an update keeps the KV cache that older weights wrote (`keep`), so no single policy
+    gives the logprobs of its later tokens: they say nothing of the engine's numerics, and count as drift.
+
+    Args: `versions`, `trainable` [tokens]; `lengths` [rows] answer tokens of each rollout, which is never 0.
+    """
+    first = versions[np.cumsum(lengths) - lengths]
+    chosen: np.ndarray = trainable & (versions == version) & np.repeat(first == version, lengths)
     return chosen

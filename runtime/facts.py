@@ -78,14 +78,15 @@ class StepFacts(msgspec.Struct, frozen=True, kw_only=True, tag="step", tag_field
     tokens_past_bound: int
     """Trained tokens past the bound: 0, or the bound is broken."""
     mismatch_tokens: int
-    """Tokens compared between engine and learner: those sampled at the version that the learner held. With 0 the
-    four below say nothing and are left out of every average."""
+    """Tokens compared between engine and learner: those of rollouts sampled as a whole at the version that the learner
+    held (a rollout that spans an update has keys of older weights). With 0 the four below say nothing and are left
+    out of every average."""
     mismatch_max: float
     """Largest |engine's logprob - learner's logprob| of one token."""
     mismatch_mean: float
     mismatch_p95: float
     mismatch_kl: float
-    """Mean of engine's - learner's logprob: an estimate of KL(engine || learner) in nats per token."""
+    """Estimate of KL(engine || learner) in nats per token: mean of exp(d) - 1 - d, d = learner's - engine's logprob."""
     wait_s: float
     """The learner's wait for this batch."""
     train_s: float

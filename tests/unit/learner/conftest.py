@@ -80,7 +80,8 @@ def build_table(
             rows["prompt_tokens"].append(prompt)
             rows["tokens"].append(random.integers(0, VOCABULARY, size))
             rows["logprobs"].append(random.normal(-2.7, 0.3, size))
-            rows["versions"].append(np.sort(random.integers(2, 5, size)))
+            fresh = len(rows["rollout_id"]) % 2  # every other rollout is of version 4 as a whole
+            rows["versions"].append(np.sort(random.integers(4 if fresh else 2, 5, size)))
             rows["trainable"].append(random.random(size) >= masked)
             rows["reward"].append(float(random.integers(0, 3)) / 2)
             rows["finish_reason"].append("stop")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncrl.learner.mismatch import difference, present_version
+from asyncrl.learner.mismatch import difference, sampled_by
 
 ORACLE = Path(__file__).parents[2] / "data" / "objectives.npz"
 
@@ -27,9 +27,12 @@ def test_figures_by_hand() -> None:
     assert found.k3 == pytest.approx((math.exp(-0.5) - 0.5 + math.exp(0.25) - 1.25) / 3)
 
 
-def test_only_trainable_tokens_of_the_present_version_count_as_mismatch() -> None:
-    chosen = present_version(np.array([3, 4, 4, 5]), np.array([True, True, False, True]), 4)
-    assert chosen.tolist() == [False, True, False, False]
+def test_only_trainable_tokens_of_rollouts_wholly_of_the_present_version_count_as_mismatch() -> None:
+    versions = np.array([3, 4, 4, 4, 4, 4, 5])
+    trainable = np.array([True, True, True, False, True, True, True])
+    lengths = np.array([2, 3, 1, 1])  # the first spans an update: its second token has keys of version 3
+    chosen = sampled_by(4, versions, trainable, lengths)
+    assert chosen.tolist() == [False, False, True, False, True, True, False]
 
 
 def test_nothing_to_measure_is_not_zero() -> None:
