@@ -238,7 +238,9 @@ class Ledger:
                 f"segment of rollout {rollout_id} has version {version}, published is {self.version}"
             )
         if finish_reason and not rollout.length + tokens:
-            raise BadRequest(f"rollout {rollout_id} finished without a token: an answer has at least its stop token")
+            raise BadRequest(
+                f"rollout {rollout_id} finished without a token: an answer has at least its stop token"
+            )
         rollout.lease_deadline = now + self._lease_timeout_s
         if tokens:
             self._extend(rollout, version, tokens)

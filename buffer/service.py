@@ -205,9 +205,7 @@ class BufferService:
             case wire.Append():
                 return self._append(wire.unpack_rows(body, SEGMENTS))
             case wire.Score(rollouts=scored):
-                return self._each(
-                    [(s.rollout_id, partial(self._ledger.score, *_fields(s))) for s in scored]
-                )
+                return self._each([(s.rollout_id, partial(self._ledger.score, *_fields(s))) for s in scored])
             case wire.Fail(rollout_id=rollout_id):
                 return self._each([(rollout_id, partial(self._fail, request))])
             case wire.Release(leases=leases):

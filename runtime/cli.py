@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launch(chosen: argparse.Namespace) -> int:
+    from asyncrl.runtime.guard import guard, is_guarded
+
+    if not is_guarded():
+        return guard(
+            ["launch", str(chosen.recipe), *(part for o in chosen.overrides for part in ("--set", o))]
+        )
     console = Console()
     recipe = _checked(chosen, console)
     if recipe is None:

@@ -1,6 +1,6 @@
 """From a checked recipe to a finished run: model, Ray, parts, supervision, and the end of every process.
 
-    SIGINT once: stop, hand rollouts back, write the summary, within `STOP_S`.   Twice: kill everything at once.
+    SIGINT or SIGTERM once: stop, hand rollouts back, write the summary, within `STOP_S`.   Twice: kill everything at once.
 
 Called by the CLI.
 """
@@ -28,7 +28,7 @@ from asyncrl.runtime import facts
 from asyncrl.runtime.metrics import open_metrics, read_facts
 from asyncrl.runtime.observer import Observer, RunStalled
 from asyncrl.runtime.placement import PlacementError, place, start_ray
-from asyncrl.runtime.processes import adopt_orphans, end_processes, kill_at_once
+from asyncrl.runtime.processes import adopt_orphans, end_processes
 from asyncrl.runtime.report import write_report
 from asyncrl.runtime.run_folder import RunFolder, new_run_folder
 from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summary
@@ -58,15 +58,16 @@ def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Con
     observer = Observer(recipe, view, metrics, began)
     observer.phase_seconds[facts.MODEL] = model_s
     try:
+        # On this thread, and before the loop: Ray's daemons end with the thread that started them.
+        with observer.phase(facts.RAY_START):
+            start_ray(recipe)
         outcome = asyncio.run(_supervise(recipe, folder, run_id, observer))
     finally:
         with observer.phase(facts.SHUTDOWN):
             ray.shutdown()
-            killed = end_processes(3.0)
+            end_processes(1.0)  # Ray's own agents outlast it by seconds; whatever else is left must not
         view.close()
         metrics.close()
-    if killed:
-        console.print(f"had to kill: {', '.join(killed)}", highlight=False)
     summary = conclude(recipe, folder, outcome, observer)
     show_summary(summary, console)
     return {"finished": 0, "stopped": 130}.get(outcome, 1)
@@ -95,8 +96,6 @@ async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: O
     _on_signals(stop, observer.note)
     try:
         with observer.phase(facts.RAY_START):
-            await asyncio.to_thread(start_ray, recipe)
-            _on_signals(stop, observer.note)  # Ray has installed its own
             parts = await asyncio.to_thread(place, recipe, str(folder.path), run_id)
         frontier, tests = await asyncio.to_thread(_prompts, recipe)
         supervisor = Supervisor(recipe, folder, parts, observer, frontier, tests, stop)
@@ -134,8 +133,7 @@ def _prompts(recipe: Recipe) -> tuple[Frontier, list[Prompt]]:
 def _on_signals(stop: asyncio.Event, note: Callable[[str], None]) -> None:
     def asked() -> None:
         if stop.is_set():
-            kill_at_once()
-            os._exit(130)  # before Ray notices that its processes are gone and ends this one in its own way
+            os._exit(130)  # the guard ends everything below
         stop.set()
         note(f"stopping within {STOP_S + 5:.0f} s; Ctrl-C again kills at once")
 

@@ -27,12 +27,6 @@ def descendants() -> list[psutil.Process]:
     return found
 
 
-def kill_at_once() -> None:
-    """Kills everything below this process without waiting for it to be gone: the caller exits next."""
-    for process in descendants():
-        _signal(process, kill=True)
-
-
 def end_processes(grace_s: float) -> list[str]:
     """Ends everything below this process: asks, and kills after `grace_s`. Returns the names of what it killed."""
     left = descendants()

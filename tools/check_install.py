@@ -1,6 +1,6 @@
 """Says at once when the installed set cannot work, instead of a traceback in some process later.
 
-    python tools/check_install.py
+python tools/check_install.py
 """
 
 from __future__ import annotations

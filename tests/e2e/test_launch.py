@@ -3,7 +3,7 @@
 import contextlib
 import time
 
-import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +68,7 @@ def test_a_run_on_real_vllm(tmp_path, model):
 def check_log(folder, steps):
     """What lies on disk agrees with what was trained."""
     states = read_stream(folder / "states.arrows")
-    trained = states.filter(pa.compute.equal(states["state"], "TRAINED"))
+    trained = states.filter(pc.equal(states["state"], "TRAINED"))
     assert trained.num_rows == steps * 16
     segments = read_stream(folder / "segments.arrows")
     assert set(trained["rollout_id"].to_pylist()) <= set(segments["rollout_id"].to_pylist())
@@ -123,3 +123,12 @@ def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
     name = {"LearnerPart": "learner-0", "EnginePart": "fake-", "BufferPart": "buffer"}[part]
     outcome = run.summary["outcome"]
     assert outcome.startswith("failed: ") and name in outcome
+
+
+def test_nothing_outlives_a_killed_launcher(tmp_path, model):
+    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=", *VLLM) as run:
+        run.wait_for_step()
+        children = run.descendants()
+        run.tree.kill()
+        run.end(10)
+        assert run.left_over(children, grace_s=45) == []

@@ -1,0 +1,52 @@
+"""The small process that the user started: it holds the run as its child, and clears up after it however it ends.
+
+Ray's helpers outlive a launcher that was killed with SIGKILL. So the launcher is a child of this process, which imports
+nothing heavy and does nothing but wait: it passes signals on, adopts orphans, and when the launcher has ended, in
+whatever way, ends everything below. If this process is killed itself, the kernel tells the launcher to stop in order.
+Called by the CLI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from asyncrl.runtime.processes import adopt_orphans, end_processes
+
+_PR_SET_PDEATHSIG = 1
+_GUARD_VARIABLE = "ASYNCRL_GUARD_PID"
+
+
+def is_guarded() -> bool:
+    """Whether this process is the launcher below a guard; it then asks to be told of the guard's death."""
+    guard = os.environ.pop(_GUARD_VARIABLE, None)
+    if guard is None:
+        return False
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(guard):
+        sys.exit("the process that started this run has ended")
+    return True
+
+
+def guard(arguments: Sequence[str]) -> int:
+    """Runs `asyncrl ARGUMENTS` as a child and returns its exit code (128 + number for a signal)."""
+    adopt_orphans()
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "asyncrl.runtime.cli", *arguments],
+        env={**os.environ, _GUARD_VARIABLE: str(os.getpid())},
+        process_group=0,  # the terminal's Ctrl-C comes to the guard alone, and is passed on once
+    )
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    code = child.wait()
+    end_processes(0.0)
+    return code if code >= 0 else 128 - code
