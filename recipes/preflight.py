@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from asyncrl.generators.rewards import RewardError, load_function
 from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
 from asyncrl.recipes.recipe import Problem, Recipe
 from asyncrl.recipes.sizes import amount, wire_bytes
@@ -37,7 +38,7 @@ class Preflight(msgspec.Struct, frozen=True, kw_only=True):
 def preflight(recipe: Recipe) -> Preflight:
     notes: list[str] = []
     model, model_problems = _model(recipe, notes)
-    problems = [*model_problems, *_prompts(recipe), *_engine_packages(recipe), *_ports()]
+    problems = [*model_problems, *_prompts(recipe), *_rewards(recipe), *_engine_packages(recipe), *_ports()]
     if not recipe.run.ray_address:
         problems += [*_cores(recipe), *_gpus(recipe), *_memory(recipe, model), *_shared_memory(recipe, model)]
     return Preflight(problems=problems, notes=notes, model=model)
@@ -74,6 +75,14 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
         source = getattr(recipe.prompts, key)
         if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
             yield Problem(f"prompts.{key}", repr(source), f"no such file (looked from {Path.cwd()})")
+
+
+def _rewards(recipe: Recipe) -> Iterator[Problem]:
+    for i, term in enumerate(recipe.rewards.terms):
+        try:
+            load_function(term.function)
+        except RewardError as error:
+            yield Problem(f"rewards.terms[{i}].function", repr(term.function), str(error))
 
 
 def _engine_packages(recipe: Recipe) -> Iterator[Problem]:

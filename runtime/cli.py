@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that `--help` and `check` answ
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def _checked(chosen: argparse.Namespace, console: Console) -> Recipe | None:
     from asyncrl.recipes.preflight import preflight
     from asyncrl.recipes.sizes import derived_sizes
 
+    find_beside(chosen.recipe)
     try:
         recipe = load_recipe(chosen.recipe, chosen.overrides)
         found = preflight(recipe)
@@ -109,6 +111,13 @@ def _checked(chosen: argparse.Namespace, console: Console) -> Recipe | None:
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     return recipe
+
+
+def find_beside(recipe: Path) -> None:
+    """Modules beside the recipe can be named as reward functions, here and in every process that this one starts."""
+    folder = str(recipe.resolve().parent)
+    sys.path.append(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH", ""), folder) if p)
 
 
 def _sft(chosen: argparse.Namespace) -> int:

@@ -47,7 +47,11 @@ def check_sound(summary, steps):
 
 @pytest.mark.vllm
 def test_a_run_on_real_vllm(tmp_path, model):
-    with launched(tmp_path, model, *VLLM, "weight_sync.verify=always", "run.steps=6") as run:
+    (tmp_path / "brevity.py").write_text(
+        "def reward(answer_text, payload):\n    return 1 / (1 + len(answer_text))\n"
+    )
+    own_reward = 'rewards.terms=[{ function = "brevity:reward" }]'  # a random model's sums are all wrong
+    with launched(tmp_path, model, *VLLM, "weight_sync.verify=always", "run.steps=6", own_reward) as run:
         run.wait_for_step()
         children = run.descendants()
         assert run.end() == 0, run.text

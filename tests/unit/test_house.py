@@ -100,7 +100,7 @@ def test_files_and_functions_keep_their_size():
 
 def test_the_bare_folders_cannot_be_imported():
     """From the repository root `import buffer` would be a second copy of every class."""
-    program = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])" % (FOLDERS,)
+    program = f"import importlib.util as u; print([n for n in {FOLDERS!r} if u.find_spec(n)])"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program],
         cwd=ROOT,
