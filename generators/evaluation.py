@@ -1,6 +1,7 @@
 """Held-out accuracy on a running engine, apart from the training accounts: nothing of it enters the buffer.
 
-Greedy, one answer per prompt, scored by the run's own reward. Called by `runtime.actors` before the first prompt is
+One answer per prompt, sampled like the run's own rollouts (the policy that is trained, not its greedy shadow), scored
+by the run's own reward. Called by `runtime.actors` before the first prompt is
 admitted and after the last step.
 """
 
@@ -45,7 +46,7 @@ async def evaluate(
             request_id=f"eval-{label}-{index}",
             tokens=list(prompt.tokens),
             max_new_tokens=sampling.max_new_tokens,
-            temperature=0.0,
+            temperature=sampling.temperature,
             stop_token_ids=stop_token_ids,
         )
         tokens: list[int] = []

@@ -35,6 +35,9 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Threads per rank (CPU)."""
     learning_rate: PositiveFloat = 1e-6
     warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up."""
+    decay_steps: NonNegative = 0
+    """Optimizer steps over which the rate falls in a straight line to a tenth; 0: it stays."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

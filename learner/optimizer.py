@@ -1,4 +1,4 @@
-"""AdamW over sharded masters and the two learning rate schedules. Called by `step` and `sft`."""
+"""AdamW over sharded masters and the learning rate schedules. Called by `step` and `sft`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def adamw(
 def warmed_up(rate: float, step: int, warmup_steps: int) -> float:
     """Linear from rate / warmup_steps at step 1 to `rate` at step `warmup_steps`, then constant."""
     return rate * min(1.0, step / warmup_steps) if warmup_steps else rate
+
+
+def warmed_up_then_decayed(rate: float, step: int, warmup_steps: int, decay_steps: int) -> float:
+    """As `warmed_up`, falling in a straight line to a tenth of `rate` at step `decay_steps` and staying there; constant
+    with 0."""
+    decay = 1.0 - 0.9 * min(1.0, step / decay_steps) if decay_steps else 1.0
+    return warmed_up(rate, step, warmup_steps) * decay
 
 
 def cosine(rate: float, step: int, warmup_steps: int, steps: int) -> float:

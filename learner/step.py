@@ -30,7 +30,7 @@ from asyncrl.learner.distributed import init_distributed, leave_distributed, sha
 from asyncrl.learner.metrics import Columns, StepMetrics, learning_figures, mismatch_figures, size_figures
 from asyncrl.learner.model import checkpoint_parameters, load_policy
 from asyncrl.learner.objective import clipped_surrogate, importance_weights, token_mean
-from asyncrl.learner.optimizer import adamw, set_learning_rate, warmed_up
+from asyncrl.learner.optimizer import adamw, set_learning_rate, warmed_up_then_decayed
 from asyncrl.learner.rows import MicroBatch
 from asyncrl.learner.weights import save_folder, whole
 from asyncrl.weight_sync.plan import Bucket, Plan, make_plan
@@ -250,7 +250,12 @@ class Learner:
             raise NonFiniteLoss(f"gradient norm is {size} on {_named(batch, rows)}")
         if not skip:
             self._steps_taken += 1
-            rate = warmed_up(self._config.learning_rate, self._steps_taken, self._config.warmup_steps)
+            rate = warmed_up_then_decayed(
+                self._config.learning_rate,
+                self._steps_taken,
+                self._config.warmup_steps,
+                self._config.decay_steps,
+            )
             set_learning_rate(self._optimizer, rate)
             self._optimizer.step()
         self._optimizer.zero_grad()

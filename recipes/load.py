@@ -104,6 +104,8 @@ def _value(text: str) -> Any:
 
 def _walk(value: Any, kind: Any, path: str) -> Iterator[Problem]:
     bare = _bare(kind)
+    if value is None and type(None) in get_args(kind):
+        return
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
         if not isinstance(value, dict):
             yield Problem(path, repr(value), "expected a table")

@@ -160,7 +160,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", tag_fi
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation", tag_field="kind"):
-    """Held-out accuracy at one version, with greedy answers."""
+    """Held-out accuracy at one version: one answer per prompt, sampled at the run's temperature."""
 
     seconds: float
     step: int

@@ -21,8 +21,14 @@ def write_log_to(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    quiet_libraries()
     form = "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
+
+
+def quiet_libraries() -> None:
+    """No progress bars of libraries, here or in children. Before they are imported."""
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
 
 
 def tail(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -21,6 +22,7 @@ _LINE_EVERY = 50
 
 def make(recipe: Recipe, config: SFTConfig, console: Console) -> None:
     """Writes `recipe.model.path`. Nothing else runs meanwhile, so every core of the machine computes."""
+    transformers.logging.disable_progress_bar()
     examples = pairs(config.source, config.answer_field, sft_tokenizer(config), recipe.prompts, config.seed)
     bar = Progress(
         TextColumn("supervised fine-tuning"),

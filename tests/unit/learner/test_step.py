@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.config import GRPO
+from asyncrl.learner.optimizer import warmed_up_then_decayed
 from asyncrl.learner.step import Learner, NonFiniteLoss
 
 Open = Callable[..., Learner]
@@ -275,3 +276,9 @@ def test_the_second_learner_of_a_process_is_refused(learner: Open, model_folder:
     one = learner()
     with pytest.raises(RuntimeError, match="already is in a process group"):
         Learner(one._config, model_folder, 1.0)
+
+
+def test_the_rate_warms_up_falls_to_a_tenth_and_stays_there() -> None:
+    rates = [warmed_up_then_decayed(1.0, step, 2, 10) for step in (1, 2, 5, 10, 50)]
+    assert rates == pytest.approx([0.455, 0.82, 0.55, 0.1, 0.1])
+    assert warmed_up_then_decayed(1.0, 500, 2, 0) == 1.0

@@ -1,0 +1,131 @@
+"""What is known to fail is told before anything starts: fast, all at once, without torch."""
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from asyncrl.recipes import load_recipe
+from asyncrl.recipes.model_folder import ModelFolderError, inspect_model
+from asyncrl.recipes.preflight import preflight
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def write_model(folder, shape=(16, 8), limit=512):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": limit})
+    )
+    (folder / "tokenizer.json").write_text("{}")
+    size = 2 * shape[0] * shape[1]
+    header = json.dumps({"w": {"dtype": "BF16", "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    return folder
+
+
+def found(tmp_path, *overrides):
+    model = write_model(tmp_path / "model")
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", [f"model.path={model}", *overrides])
+    return [str(problem) for problem in preflight(recipe).problems]
+
+
+def test_a_sound_recipe_has_no_problem_and_knows_the_model(tmp_path):
+    assert found(tmp_path) == []
+    facts = inspect_model(tmp_path / "model")
+    assert (facts.parameters, facts.stored_bytes) == (128, 256)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pools.0.cores=9999"], "9999 (small) + 1 x 1 (learner) cores are asked for, this machine has"),
+        (["model.max_context_tokens=1024"], "the model was made for 512 at most"),
+        (["pools.0.kv_cache_bytes=1000000000000000"], "lower kv_cache_bytes or engines"),
+        (["prompts.source=nowhere.jsonl"], "no such file"),
+        (['rewards.terms=[{ function = "sum" }]'], "rewards.terms[0].function = 'sum'"),
+    ],
+)
+def test_each_lack_is_named(tmp_path, overrides, words):
+    assert any(words in problem for problem in found(tmp_path, *overrides))
+
+
+def test_all_lacks_are_named_at_once(tmp_path):
+    assert (
+        len(
+            found(
+                tmp_path,
+                "pools.0.cores=9999",
+                "prompts.source=nowhere.jsonl",
+                "model.max_context_tokens=1024",
+            )
+        )
+        == 3
+    )
+
+
+def test_a_missing_model_is_made_where_the_recipe_can(tmp_path):
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", [f"model.path={tmp_path}/none"])
+    result = preflight(recipe)
+    assert result.problems == [] and "[sft] makes it first" in result.notes[0]
+
+
+def test_a_missing_model_without_a_way_to_make_it():
+    recipe = load_recipe(ROOT / "recipes" / "gsm8k.toml", ["model.path=Qwen/Qwen2.5-0.5B-Instruct"])
+    text = [str(p) for p in preflight(recipe).problems if p.path == "model.path"]
+    assert "hf download" in text[0]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_incomplete_model_folder(tmp_path, missing):
+    folder = write_model(tmp_path / "model")
+    (folder / missing).unlink()
+    with pytest.raises(ModelFolderError):
+        inspect_model(folder)
+
+
+def test_a_torn_safetensors_file(tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ModelFolderError, match="cut short"):
+        inspect_model(folder)
+
+
+def asyncrl(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "asyncrl.runtime.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+    )
+
+
+def test_check_is_quick_and_says_the_sizes(tmp_path):
+    model = write_model(tmp_path / "model")
+    began = time.monotonic()
+    done = asyncrl("check", "recipes/quickstart.toml", "--set", f"model.path={model}")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 10  # under 5 s on a machine that does nothing else
+    assert "rollouts per step" in done.stdout
+
+
+def test_gsm8k_passes_the_check_given_a_model_and_gpus_elsewhere(tmp_path):
+    """Everything but the GPUs of this machine: the recipe joins a cluster."""
+    model = write_model(tmp_path / "model", limit=32768)
+    done = asyncrl(
+        "check", "recipes/gsm8k.toml", "--set", f"model.path={model}", "--set", "run.ray_address=auto",
+        "--set", "pools.0.engine=fake",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bad_recipe_ends_with_exit_code_2_before_anything_starts(tmp_path):
+    for command in ("check", "launch"):
+        done = asyncrl(command, "recipes/quickstart.toml", "--set", "run.steps=0", "--set", "pools.0.cores=x")
+        assert done.returncode == 2
+        assert "2 problems" in done.stderr and "run.steps = 0" in done.stderr
