@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", _sft, "make the recipe's model.path by supervised fine-tuning, as [sft] says"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("recipe", type=Path, help="a .toml file")
+        command.add_argument(
+            "recipe", type=_recipe_path, help="a .toml file, or the name of a shipped recipe"
+        )
         command.add_argument(
             "--set",
             dest="overrides",
@@ -55,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="such as runs/quickstart")
     report.set_defaults(run=_report)
     return parser
+
+
+def _recipe_path(text: str) -> Path:
+    """`quickstart` is the recipe of that name that came with the package, unless there is such a file here."""
+    path, shipped = Path(text), Path(__file__).resolve().parents[1] / "recipes" / f"{text}.toml"
+    return shipped if not path.exists() and shipped.is_file() else path
 
 
 def _launch(chosen: argparse.Namespace) -> int:

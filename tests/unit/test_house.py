@@ -1,9 +1,11 @@
 """The rules of the house, held by parsing the code: direction of imports, who may import what, sizes, packaging."""
 
 import ast
+import functools
 import importlib.util
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -124,15 +126,21 @@ def test_pyproject_names_every_folder():
         assert (ROOT / name / "py.typed").is_file()
 
 
-def test_the_wheel_holds_every_module_and_recipe(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)],
         cwd=ROOT,
         capture_output=True,
         timeout=120,
         check=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_and_recipe(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         f"asyncrl/{name}/{path.name}"
@@ -142,3 +150,28 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path):
     }
     assert expected <= names, sorted(expected - names)
     assert not any(name.startswith("asyncrl/tests") for name in names)
+
+
+def test_the_wheel_works_in_a_new_environment_elsewhere(wheel, tmp_path):
+    """The dependencies are this environment's (a path file lends them); asyncrl itself comes from the wheel alone."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True, timeout=120)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, timeout=120, capture_output=True)
+    run = functools.partial(
+        subprocess.run,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    where = run([python, "-P", "-c", "import asyncrl.recipes.recipe as r; print(r.__file__)"])
+    assert str(site) in where.stdout
+    command = tmp_path / "env" / "bin" / "asyncrl"
+    assert "launch" in run([command, "--help"]).stdout
+    checked = run([command, "check", "quickstart"])
+    assert checked.returncode == 0, checked.stderr
+    assert "rollouts per step" in checked.stdout

@@ -99,7 +99,9 @@ print(len(end_processes(0.5)))
 
 
 def test_orphans_and_stubborn_processes_are_ended():
-    done = subprocess.run([sys.executable, "-P", "-c", GUARDED], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", GUARDED], capture_output=True, text=True, timeout=60, check=True
+    )
     orphan, stubborn, killed = map(int, done.stdout.split())
     assert killed == 1  # the orphan went when it was asked
     assert not psutil.pid_exists(orphan) and not psutil.pid_exists(stubborn)
