@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from asyncrl.buffer import wire
 from asyncrl.buffer.errors import BadRequest, BufferFault, BufferUnreachable, LeaseLost
-from asyncrl.buffer.ledger import Counts, Selection
+from asyncrl.buffer.records import Counts, Selection
 from asyncrl.buffer.schema import BATCH, LEASES
 
 _GRACE_S = 30.0

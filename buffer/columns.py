@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from asyncrl.buffer import schema
-from asyncrl.buffer.ledger import Ledger, Rollout
+from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer.records import Rollout
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from asyncrl.buffer.ledger import Transition
+from asyncrl.buffer.records import Transition
 from asyncrl.buffer.schema import PROMPTS, SEGMENTS
 
 _STAMP = [pa.field("seq", pa.int64(), nullable=False), pa.field("unix_s", pa.float64(), nullable=False)]

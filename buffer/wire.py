@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 import pyarrow as pa
 
-from asyncrl.buffer.ledger import Counts, Selection
+from asyncrl.buffer.records import Counts, Selection
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):

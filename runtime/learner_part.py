@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from asyncrl.buffer import BlockingBufferClient
 from asyncrl.buffer.columns import slices
-from asyncrl.buffer.ledger import Selection
+from asyncrl.buffer.records import Selection
 from asyncrl.learner.metrics import StepMetrics
 from asyncrl.learner.step import Learner
 from asyncrl.recipes import Recipe

@@ -129,6 +129,21 @@ def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
     assert outcome.startswith("failed: ") and name in outcome
 
 
+def test_an_error_in_a_part_ends_the_run_with_its_traceback(tmp_path, model):
+    (tmp_path / "brevity.py").write_text(
+        "def reward(answer_text, payload):\n    return 1 / (1 + len(answer_text))\n"
+    )
+    changes = (
+        "learner.learning_rate=1e30",
+        'rewards.terms=[{ function = "brevity:reward" }]',
+        "prompts.held_out=",
+    )
+    with launched(tmp_path, model, "run.steps=50", *changes) as run:
+        assert run.end(120) == 1, run.text
+    assert "learner-0 failed" in run.summary["outcome"]
+    assert "NonFiniteLoss" in run.text and "step.py" in run.text  # the traceback, not only the message
+
+
 def test_nothing_outlives_a_killed_launcher(tmp_path, model):
     with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=", *VLLM) as run:
         run.wait_for_step()

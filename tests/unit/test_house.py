@@ -25,6 +25,7 @@ MAY_IMPORT = {
 VLLM_FILES = {"generators/vllm_engine.py", "weight_sync/vllm_worker.py"}
 PURE = (
     "buffer/ledger.py",
+    "buffer/records.py",
     "buffer/staleness.py",
     "weight_sync/plan.py",
     "weight_sync/transaction.py",
