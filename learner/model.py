@@ -68,8 +68,8 @@ class _Parts:
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
-        self.decoder: nn.Module = lm.get_decoder()  # type: ignore[no-untyped-call]
-        head = lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.decoder: nn.Module = lm.get_decoder()
+        head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise ValueError(
                 f"{type(lm).__name__}: the learner needs a linear output head without bias, got {head}; use another model"

@@ -19,6 +19,8 @@ import msgspec
 import psutil
 
 from asyncrl.generators.rewards import RewardError, load_function
+from asyncrl.generators.sources import SourceError, open_rows
+from asyncrl.generators.tasks import TaskError
 from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
 from asyncrl.recipes.recipe import Problem, Recipe
 from asyncrl.recipes.sizes import amount, wire_bytes
@@ -71,10 +73,21 @@ def _model(recipe: Recipe, notes: list[str]) -> tuple[ModelFacts | None, list[Pr
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
-    for key in ("source", "held_out"):
-        source = getattr(recipe.prompts, key)
-        if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
-            yield Problem(f"prompts.{key}", repr(source), f"no such file (looked from {Path.cwd()})")
+    """Sources on this machine are opened and checked; those of a hub only when the run starts."""
+    prompts = recipe.prompts
+    wanted = [
+        ("prompts.source", prompts.source, prompts.answer_field),
+        ("prompts.held_out", prompts.held_out, prompts.answer_field),
+    ]
+    if recipe.sft is not None:
+        wanted.append(("sft.source", recipe.sft.source, recipe.sft.answer_field))
+    for path, source, answer_field in wanted:
+        if not source or source.startswith("hf:"):
+            continue
+        try:
+            open_rows(source, (prompts.prompt_field, answer_field), prompts.task, prompts.seed).row(0)
+        except (SourceError, TaskError) as error:
+            yield Problem(path, repr(source), str(error))
 
 
 def _rewards(recipe: Recipe) -> Iterator[Problem]:

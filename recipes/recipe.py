@@ -70,6 +70,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return (self.staleness.max_staleness_versions + 1) * self.prompts.prompts_per_step
 
     @property
+    def longest_prompt_tokens(self) -> int:
+        """What fits beside the longest answer; longer prompts are passed over."""
+        return self.model.max_context_tokens - self.sampling.max_new_tokens
+
+    @property
     def slots(self) -> int:
         return sum(pool.engines * pool.concurrency for pool in self.pools)
 

@@ -5,6 +5,8 @@ Called by the supervisor, on its event loop.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 
@@ -13,7 +15,10 @@ from asyncrl.buffer.columns import list_array
 from asyncrl.buffer.schema import PROMPTS, TOKENS
 from asyncrl.generators.prompts import Frontier, Prompt
 
+logger = logging.getLogger(__name__)
+
 _WAIT_S = 5.0
+_MOST_PASSED_OVER = 1000
 
 
 def prompt_rows(prompts: list[Prompt]) -> pa.RecordBatch:
@@ -28,9 +33,38 @@ def prompt_rows(prompts: list[Prompt]) -> pa.RecordBatch:
     )
 
 
-async def feed(buffer: BufferClient, frontier: Frontier) -> None:
+class NoPromptFits(RuntimeError):
+    """Prompt after prompt leaves no room for an answer."""
+
+
+def take_fitting(frontier: Frontier, count: int, longest_tokens: int) -> list[Prompt]:
+    """The next `count` prompts of at most `longest_tokens`; longer ones are passed over, and logged."""
+    taken: list[Prompt] = []
+    passed_over = 0
+    # Ends with enough prompts, or when far more than could be chance do not fit.
+    while len(taken) < count:
+        for prompt in frontier.take(count - len(taken)):
+            if len(prompt.tokens) <= longest_tokens:
+                taken.append(prompt)
+                continue
+            passed_over += 1
+            logger.warning(
+                "passed over prompt %s: %d tokens, %d fit",
+                prompt.prompt_id,
+                len(prompt.tokens),
+                longest_tokens,
+            )
+        if passed_over > _MOST_PASSED_OVER:
+            raise NoPromptFits(
+                f"{passed_over} prompts in a row have more than {longest_tokens} tokens (model.max_context_tokens - "
+                "sampling.max_new_tokens): raise the one or lower the other"
+            )
+    return taken
+
+
+async def feed(buffer: BufferClient, frontier: Frontier, longest_tokens: int) -> None:
     """Waits for the buffer to have room, admits as many prompts, and again; ends when cancelled."""
     while True:
         room = await buffer.capacity(_WAIT_S)
         if room:
-            await buffer.admit(prompt_rows(frontier.take(room)))
+            await buffer.admit(prompt_rows(take_fitting(frontier, room, longest_tokens)))

@@ -22,9 +22,11 @@ import ray
 from rich.console import Console
 
 from asyncrl.generators.prompts import Frontier, Prompt, held_out, open_source
-from asyncrl.generators.tokens import load_tokenizer
+from asyncrl.generators.sources import SourceError
+from asyncrl.generators.tokens import TokenizerError, load_tokenizer
 from asyncrl.recipes import Recipe, dump_recipe
 from asyncrl.runtime import facts
+from asyncrl.runtime.feeder import NoPromptFits
 from asyncrl.runtime.metrics import open_metrics, read_facts
 from asyncrl.runtime.observer import Observer, RunStalled
 from asyncrl.runtime.placement import PlacementError, place, start_ray
@@ -100,24 +102,25 @@ async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: O
         frontier, tests = await asyncio.to_thread(_prompts, recipe)
         supervisor = Supervisor(recipe, folder, parts, observer, frontier, tests, stop)
         await supervisor.run()
-        with observer.phase(facts.SHUTDOWN):
-            await supervisor.wind_down(STOP_S, save=False)
+        await _end_in_order(supervisor, observer, stopped=False)
         return "finished"
     except Stopped:
         if supervisor is not None:
-            await _end_in_order(supervisor, observer)
+            await _end_in_order(supervisor, observer, stopped=True)
         return "stopped"
-    except (PartFailed, PlacementError, RunStalled) as error:
+    except (PartFailed, PlacementError, RunStalled, NoPromptFits, SourceError, TokenizerError) as error:
         observer.note(str(error))
         return f"failed: {str(error).splitlines()[0]}"
 
 
-async def _end_in_order(supervisor: Supervisor, observer: Observer) -> None:
+async def _end_in_order(supervisor: Supervisor, observer: Observer, *, stopped: bool) -> None:
+    """As far as the parts still answer; what does not is killed afterwards."""
     with observer.phase(facts.SHUTDOWN):
         try:
             async with asyncio.timeout(STOP_S):
-                await supervisor.stop_dispatchers()
-                await supervisor.wind_down(STOP_S, save=True)
+                if stopped:
+                    await supervisor.stop_dispatchers()
+                await supervisor.wind_down(save=stopped)
         except (TimeoutError, ray.exceptions.RayError) as error:
             observer.note(
                 f"did not end in order within {STOP_S:.0f} s ({type(error).__name__}); killing what is left"
@@ -127,7 +130,8 @@ async def _end_in_order(supervisor: Supervisor, observer: Observer) -> None:
 def _prompts(recipe: Recipe) -> tuple[Frontier, list[Prompt]]:
     tokenizer = load_tokenizer(recipe.model.path)
     source = open_source(recipe.prompts, tokenizer)
-    return Frontier(source, recipe.prompts.seed), held_out(recipe.prompts, tokenizer)
+    tests = [p for p in held_out(recipe.prompts, tokenizer) if len(p.tokens) <= recipe.longest_prompt_tokens]
+    return Frontier(source, recipe.prompts.seed), tests
 
 
 def _on_signals(stop: asyncio.Event, note: Callable[[str], None]) -> None:

@@ -124,7 +124,9 @@ class Supervisor:
         with self._observer.phase(facts.TRAINING):
             for name, engine in self._parts.engines.items():
                 self._watch(f"{name} dispatcher", engine.dispatch.remote(self._endpoint))
-            feeding = asyncio.create_task(feed(client, self._frontier), name="feeder")
+            feeding = asyncio.create_task(
+                feed(client, self._frontier, self._recipe.longest_prompt_tokens), name="feeder"
+            )
             self._watched["feeder"] = feeding
             try:
                 for step in range(1, self._recipe.run.steps + 1):
@@ -158,19 +160,18 @@ class Supervisor:
     async def _save(self) -> None:
         await self._on_every_rank("save")
 
-    async def wind_down(self, deadline_s: float, *, save: bool) -> None:
-        """Ends every part in order as far as they still answer; used after a stop and at the end."""
-        async with asyncio.timeout(deadline_s):
-            if save:
-                await asyncio.gather(*self._remote_on_ranks("save"))
-            await asyncio.gather(
-                *(e.shutdown.remote() for e in self._parts.engines.values()), return_exceptions=True
-            )
-            if self._endpoint:
-                async with BufferClient(self._endpoint) as client:
-                    self._observer.buffer_report(await client.status())
-                    await client.stop()
-            await asyncio.gather(*(p.close.remote() for p in self._parts.learners), return_exceptions=True)
+    async def wind_down(self, *, save: bool) -> None:
+        """Ends every part in order; the caller sets the deadline."""
+        if save:
+            await asyncio.gather(*self._remote_on_ranks("save"))
+        await asyncio.gather(
+            *(e.shutdown.remote() for e in self._parts.engines.values()), return_exceptions=True
+        )
+        if self._endpoint:
+            async with BufferClient(self._endpoint) as client:
+                self._observer.buffer_report(await client.status())
+                await client.stop()
+        await asyncio.gather(*(p.close.remote() for p in self._parts.learners), return_exceptions=True)
 
     async def stop_dispatchers(self) -> None:
         """For a stop in mid-run: partial rollouts go back to the buffer, and so to its log, with what they have."""

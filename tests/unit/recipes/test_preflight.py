@@ -46,7 +46,9 @@ def test_a_sound_recipe_has_no_problem_and_knows_the_model(tmp_path):
         (["pools.0.cores=9999"], "9999 (small) + 1 x 1 (learner) cores are asked for, this machine has"),
         (["model.max_context_tokens=1024"], "the model was made for 512 at most"),
         (["pools.0.kv_cache_bytes=1000000000000000"], "lower kv_cache_bytes or engines"),
-        (["prompts.source=nowhere.jsonl"], "no such file"),
+        (["prompts.source=nowhere.jsonl"], "prompts.source = 'nowhere.jsonl'"),
+        (["prompts.task={ max_terms = 1 }"], "prompts.source = 'sums:train'"),
+        (["prompts.prompt_field=text"], "prompts.source = 'sums:train'"),
         (['rewards.terms=[{ function = "sum" }]'], "rewards.terms[0].function = 'sum'"),
     ],
 )
