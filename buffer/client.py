@@ -92,7 +92,10 @@ class BufferClient:
             frames.append(memoryview(body))
         await self._socket.send_multipart(frames, copy=False)
         try:
-            return _understand(await asyncio.wait_for(answer, timeout_s + _GRACE_S))
+            # Not `wait_for`: on Python 3.11 it swallows a cancellation that comes together with the answer, and a
+            # loop that was told to end would go on.
+            async with asyncio.timeout(timeout_s + _GRACE_S):
+                return _understand(await answer)
         except TimeoutError:
             raise _unreachable(self._endpoint, request, timeout_s + _GRACE_S) from None
         finally:

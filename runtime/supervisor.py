@@ -155,7 +155,8 @@ class Supervisor:
             watched = self._watched.pop(f"{name} dispatcher", None)
             await self._call(name, engine.stop.remote(), _CALL_S)
             if watched is not None:
-                await asyncio.wait_for(watched, _CALL_S)
+                async with asyncio.timeout(_CALL_S):
+                    await watched
 
     async def _save(self) -> None:
         await self._on_every_rank("save")
@@ -190,7 +191,8 @@ class Supervisor:
 
     async def _call(self, part: str, reference: Any, timeout_s: float) -> Any:
         try:
-            return await asyncio.wait_for(self._await(part, reference), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._await(part, reference)
         except TimeoutError:
             log = tail(self._folder.log(part))
             raise PartFailed(
@@ -249,6 +251,8 @@ class Supervisor:
 
     async def _status(self, name: str, engine: Any) -> facts.EngineFacts | None:
         try:
-            return await asyncio.wait_for(self._await(name, engine.status.remote()), _SNAPSHOT_S)
+            async with asyncio.timeout(_SNAPSHOT_S):
+                status: facts.EngineFacts = await self._await(name, engine.status.remote())
+                return status
         except TimeoutError:
             return None  # its process is still importing, or its event loop is busy

@@ -130,12 +130,12 @@ def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
 
 
 def test_an_error_in_a_part_ends_the_run_with_its_traceback(tmp_path, model):
-    (tmp_path / "brevity.py").write_text(
-        "def reward(answer_text, payload):\n    return 1 / (1 + len(answer_text))\n"
-    )
+    # A fake engine gives every rollout of a prompt the same answer; only chance makes their rewards differ.
+    dice = "import random\n\ndef reward(answer_text, payload):\n    return random.random()\n"
+    (tmp_path / "dice.py").write_text(dice)
     changes = (
         "learner.learning_rate=1e30",
-        'rewards.terms=[{ function = "brevity:reward" }]',
+        'rewards.terms=[{ function = "dice:reward" }]',
         "prompts.held_out=",
     )
     with launched(tmp_path, model, "run.steps=50", *changes) as run:

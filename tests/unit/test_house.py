@@ -84,6 +84,11 @@ def test_the_buffer_does_not_need_torch():
     )
 
 
+def test_no_wait_swallows_a_cancellation():
+    """`asyncio.wait_for` of Python 3.11 can return its result and forget that it was cancelled."""
+    assert not [str(path) for path in sources() if "asyncio.wait_for(" in path.read_text()]
+
+
 def test_files_and_functions_keep_their_size():
     wrong = []
     for path in sources():

@@ -176,3 +176,22 @@ def test_a_torn_end_is_left_out(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-60])
     assert 0 <= read_stream(path).num_rows <= 4
+
+
+def test_a_cancellation_that_comes_together_with_the_answer_is_not_lost(tmp_path):
+    """`asyncio.wait_for` of Python 3.11 returned the answer and forgot the cancellation: an outbox that was told to end
+    went on, and its dispatcher hung."""
+
+    async def cancel_with_answer(endpoint):
+        async with BufferClient(endpoint) as client:
+            asking = asyncio.create_task(client.capacity(20.0))
+            while not client._answers:
+                await asyncio.sleep(0.01)
+            (answer,) = client._answers.values()
+            answer.set_result([zmq.Frame(b"id"), zmq.Frame(wire.encode(wire.Number(value=1)))])
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    with buffer_service(tmp_path / "log") as (service, _):
+        asyncio.run(cancel_with_answer(service.endpoint))
