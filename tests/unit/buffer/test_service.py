@@ -185,8 +185,7 @@ def test_a_cancellation_that_comes_together_with_the_answer_is_not_lost(tmp_path
     async def cancel_with_answer(endpoint):
         async with BufferClient(endpoint) as client:
             asking = asyncio.create_task(client.capacity(20.0))
-            while not client._answers:
-                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # the request is out, and its answer is awaited
             (answer,) = client._answers.values()
             answer.set_result([zmq.Frame(b"id"), zmq.Frame(wire.encode(wire.Number(value=1)))])
             asking.cancel()
