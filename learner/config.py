@@ -11,6 +11,10 @@ NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
+HEAD_SIZES = (32, 64, 128)
+"""Head sizes that every attention kernel of vLLM, on CPU and CUDA, has."""
+
+
 class GRPO(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="grpo", tag_field="type"
 ):

@@ -9,9 +9,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from asyncrl.learner.config import HEAD_SIZES
+
 PAD, EOS = "<pad>", "<eos>"
-HEAD_SIZES = (32, 64, 128)
-"""Head sizes that every attention kernel of vLLM, on CPU and CUDA, has."""
 WEIGHT_STD = 0.05
 """At widths of about 100, the usual 0.02 costs half as many steps again before the first sums are right."""
 

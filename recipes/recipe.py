@@ -12,7 +12,7 @@ import msgspec
 
 from asyncrl.buffer.config import BufferConfig, StalenessConfig
 from asyncrl.generators.config import PoolConfig, PromptsConfig, RewardsConfig, SamplingConfig
-from asyncrl.learner.config import LearnerConfig, SFTConfig
+from asyncrl.learner.config import HEAD_SIZES, LearnerConfig, SFTConfig
 from asyncrl.recipes.telemetry_config import TelemetryConfig
 from asyncrl.weight_sync.config import WeightSyncConfig
 
@@ -98,7 +98,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 def cross_check(recipe: Recipe) -> list[Problem]:
     """Every rule that two or more settings break together."""
-    return [*_check_batches(recipe), *_check_lengths(recipe), *_check_pools(recipe)]
+    return [*_check_batches(recipe), *_check_lengths(recipe), *_check_pools(recipe), *_check_sft(recipe)]
 
 
 def _check_batches(recipe: Recipe) -> Iterator[Problem]:
@@ -154,3 +154,13 @@ def _check_pools(recipe: Recipe) -> Iterator[Problem]:
             )
         if pool.device == "cpu" and pool.dtype == "float16":
             yield Problem(f"pools[{i}].dtype", '"float16"', 'a CPU computes in "float32" or "bfloat16"')
+
+
+def _check_sft(recipe: Recipe) -> Iterator[Problem]:
+    sft = recipe.sft
+    if sft is not None and not sft.init and sft.hidden_size / sft.heads not in HEAD_SIZES:
+        yield Problem(
+            "sft.heads",
+            str(sft.heads),
+            f"sft.hidden_size / sft.heads = {sft.hidden_size / sft.heads:g}; engines know heads of {HEAD_SIZES}",
+        )

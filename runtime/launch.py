@@ -65,6 +65,9 @@ def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Con
             start_ray(recipe)
         outcome = asyncio.run(_supervise(recipe, folder, run_id, observer))
     finally:
+        # The loop and its handlers are gone; from here on a signal means "at once", and the guard clears up.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: os._exit(130))
         with observer.phase(facts.SHUTDOWN):
             ray.shutdown()
             end_processes(1.0)  # Ray's own agents outlast it by seconds; whatever else is left must not

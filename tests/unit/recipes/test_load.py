@@ -51,6 +51,10 @@ def test_every_problem_is_told_at_once():
         (["learner.tokens_per_microbatch=16"], "learner.tokens_per_microbatch = 16: one rollout may have"),
         (["pools.0.tensor_parallel=2"], 'must be 1 with device = "cpu"'),
         (["learner.objective.type=ppo"], "learner.objective.type = 'ppo': expected 'grpo'"),
+        (
+            ["sft.heads=8"],
+            "sft.heads = 8: sft.hidden_size / sft.heads = 16; engines know heads of (32, 64, 128)",
+        ),
         (["pools=[]"], "pools = []: Expected `array` of length >= 1"),
         (["pools=3"], "pools = 3: Expected `array`, got `int`"),
         (["run=3"], "run = 3: expected a table"),
