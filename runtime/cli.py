@@ -66,9 +66,10 @@ def _recipe_path(text: str) -> Path:
 
 
 def _launch(chosen: argparse.Namespace) -> int:
-    from asyncrl.runtime.guard import guard, is_guarded
+    from asyncrl.runtime.guard import guard, guarded_run
 
-    if not is_guarded():
+    run_id = guarded_run()
+    if run_id is None:
         return guard(
             ["launch", str(chosen.recipe), *(part for o in chosen.overrides for part in ("--set", o))]
         )
@@ -83,7 +84,7 @@ def _launch(chosen: argparse.Namespace) -> int:
     from asyncrl.runtime.supervisor import PartFailed
 
     try:
-        return launch(recipe, chosen.recipe, chosen.overrides, console)
+        return launch(recipe, run_id, chosen.recipe, chosen.overrides, console)
     except PartFailed as error:
         return _say(str(error), 1)
 

@@ -2,7 +2,7 @@
 
 Ray's helpers outlive a launcher that was killed with SIGKILL. So the launcher is a child of this process, which imports
 nothing heavy and does nothing but wait: it passes signals on, adopts orphans, and when the launcher has ended, in
-whatever way, ends everything below. If this process is killed itself, the kernel tells the launcher to stop in order.
+whatever way, ends everything below and removes its shared memory. If this process is killed itself, the kernel tells the launcher to stop in order.
 Called by the CLI.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,28 +18,31 @@ from collections.abc import Sequence
 from types import FrameType
 
 from asyncrl.runtime.processes import adopt_orphans, end_processes
+from asyncrl.weight_sync.shm import remove_leftovers
 
 _PR_SET_PDEATHSIG = 1
-_GUARD_VARIABLE = "ASYNCRL_GUARD_PID"
+_GUARD_VARIABLE = "ASYNCRL_GUARD"
 
 
-def is_guarded() -> bool:
-    """Whether this process is the launcher below a guard; it then asks to be told of the guard's death."""
-    guard = os.environ.pop(_GUARD_VARIABLE, None)
-    if guard is None:
-        return False
+def guarded_run() -> str | None:
+    """The run's id where this process is the launcher below a guard (of whose death it then asks to be told), else None."""
+    found = os.environ.pop(_GUARD_VARIABLE, None)
+    if found is None:
+        return None
+    guard, run_id = found.split(":")
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != int(guard):
         sys.exit("the process that started this run has ended")
-    return True
+    return run_id
 
 
 def guard(arguments: Sequence[str]) -> int:
     """Runs `asyncrl ARGUMENTS` as a child and returns its exit code (128 + number for a signal)."""
     adopt_orphans()
+    run_id = secrets.token_hex(6)
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "asyncrl.runtime.cli", *arguments],
-        env={**os.environ, _GUARD_VARIABLE: str(os.getpid())},
+        env={**os.environ, _GUARD_VARIABLE: f"{os.getpid()}:{run_id}"},
         process_group=0,  # the terminal's Ctrl-C comes to the guard alone, and is passed on once
     )
 
@@ -49,4 +53,5 @@ def guard(arguments: Sequence[str]) -> int:
         signal.signal(number, pass_on)
     code = child.wait()
     end_processes(0.0)
+    remove_leftovers(run_id)
     return code if code >= 0 else 128 - code

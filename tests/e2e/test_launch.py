@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
@@ -21,13 +22,18 @@ def model(tmp_path_factory):
     return folder
 
 
+SHARED_MEMORY = Path("/dev/shm")
+
+
 @contextlib.contextmanager
 def launched(tmp_path, model, *overrides):
+    shared = set(SHARED_MEMORY.glob("asyncrl-*"))
     run = Run(tmp_path, model, *overrides)
     try:
         yield run
     finally:
         run.kill()
+    assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared  # however it ended
 
 
 VLLM = (
