@@ -69,10 +69,10 @@ def launch(recipe: Recipe, run_id: str, recipe_path: Path, overrides: list[str],
             signal.signal(number, lambda *_: os._exit(130))
         with observer.phase(facts.SHUTDOWN):
             ray.shutdown()
+            metrics.close()  # before its mirror's process, which is below this one as well, is ended
             end_processes(1.0)  # Ray's own agents outlast it by seconds; whatever else is left must not
             remove_leftovers(run_id)
         view.close()
-        metrics.close()
     summary = conclude(recipe, folder, outcome, observer)
     show_summary(summary, console)
     return {"finished": 0, "stopped": 130}.get(outcome, 1)

@@ -85,13 +85,14 @@ def check_log(folder, steps):
     assert max(segments["version"].to_pylist()) >= 1
 
 
-def test_two_learner_ranks_and_two_engines(tmp_path, model):
-    with launched(tmp_path, model, "learner.ranks=2") as run:
+def test_two_learner_ranks_two_engines_and_wandb(tmp_path, model):
+    with launched(tmp_path, model, "learner.ranks=2", "telemetry.wandb=offline") as run:
         run.wait_for_step()
         children = run.descendants()
         assert run.end() == 0, run.text
         assert run.left_over(children) == []
     check_sound(run.summary, steps=3)
+    assert list(run.folder.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_ctrl_c_ends_cleanly_and_keeps_what_was_learned(tmp_path, model):
