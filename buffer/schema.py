@@ -39,9 +39,6 @@ class State(enum.IntEnum):
     FAILED = 7
 
 
-TERMINAL: Final = frozenset({State.TRAINED, State.DROPPED, State.FAILED})
-
-
 def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
 

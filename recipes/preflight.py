@@ -18,7 +18,9 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from asyncrl.generators.rewards import RewardError, load_function
+from asyncrl.generators.config import RewardsConfig
+from asyncrl.generators.reward_pool import check_functions
+from asyncrl.generators.rewards import RewardError
 from asyncrl.generators.sources import SourceError, open_rows
 from asyncrl.generators.tasks import TaskError
 from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
@@ -91,9 +93,10 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _rewards(recipe: Recipe) -> Iterator[Problem]:
+    """Loaded as the run will load them: by a worker process, whose end is not ours."""
     for i, term in enumerate(recipe.rewards.terms):
         try:
-            load_function(term.function)
+            check_functions(RewardsConfig(terms=[term]))
         except RewardError as error:
             yield Problem(f"rewards.terms[{i}].function", repr(term.function), str(error))
 
