@@ -1,190 +1,237 @@
-"""How the other parts talk to the buffer: one asynchronous client (engines, feeder) and one blocking one (learner).
+"""How the other parts talk to the buffer, whatever its number of shards: one asynchronous client (engines, feeder), and in
+`reader` the blocking one of the learner.
 
-Both send one request per call, wait for its answer with a deadline, and raise the buffer's own errors by name. Many
-calls of the asynchronous client may be under way at once; the blocking one belongs to one thread.
+A rollout's shard is its id modulo the number of shards. Bodies of some size go through the client's arena where client
+and shard are on one host, else through the socket. Both wait with deadlines, go on after a restart of the buffer, and raise
+the buffer's own errors by name.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
-import pyarrow as pa
-import zmq
-import zmq.asyncio
+import numpy as np
+import xxhash
 
 from asyncrl.buffer import wire
-from asyncrl.buffer.errors import BadRequest, BufferFault, BufferUnreachable, LeaseLost
-from asyncrl.buffer.records import Counts, Selection
-from asyncrl.buffer.schema import BATCH, LEASES
+from asyncrl.buffer.arena import Arena
+from asyncrl.buffer.connection import BufferAddress, Connection
+from asyncrl.buffer.errors import ArenaUnknown
+from asyncrl.buffer.records import Counts, PromptRow, Segment
+from asyncrl.buffer.reports import add_counts, add_reports
 
-_GRACE_S = 30.0
-"""How much longer than a request's own waiting time its answer may take."""
-_ERRORS: dict[str, type[BufferFault]] = {"LeaseLost": LeaseLost}
+logger = logging.getLogger(__name__)
 
-
-_R = TypeVar("_R", bound=wire.Reply)
-
-
-def _understand(frames: Sequence[Any]) -> tuple[wire.Reply, memoryview | None]:
-    reply = wire.decode_reply(frames[1].buffer)
-    if isinstance(reply, wire.Problem):
-        raise _ERRORS.get(reply.kind, BadRequest)(reply.message)
-    return reply, memoryview(frames[2].buffer) if len(frames) > 2 else None
-
-
-def _as(kind: type[_R], reply: wire.Reply) -> _R:
-    if not isinstance(reply, kind):
-        raise BadRequest(f"the buffer answered with {type(reply).__name__}, expected {kind.__name__}")
-    return reply
-
-
-def _unreachable(endpoint: str, request: wire.Request, waited_s: float) -> BufferUnreachable:
-    return BufferUnreachable(
-        f"no answer from the buffer at {endpoint} to {type(request).__name__} within {waited_s:.0f} s; "
-        "its process has ended or is stuck: see the supervisor's report and the run's log"
-    )
+_ARENA_BYTES = 64 * 2**20
+_IN_ARENA_BYTES = 16 * 1024
+"""Shorter bodies cost less in a frame."""
+_LOOK_ROUND_S = 0.25
+"""How long a lease waits at one shard before it asks the next."""
+_T = TypeVar("_T")
 
 
 class BufferClient:
-    """Asynchronous. Use as `async with BufferClient(endpoint) as buffer`, on one event loop."""
+    """Asynchronous. Use as `async with BufferClient(address) as buffer`, on one event loop."""
 
-    def __init__(self, endpoint: str) -> None:
-        self._endpoint = endpoint
-        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(endpoint)
-        self._ids = itertools.count()
-        self._answers: dict[bytes, asyncio.Future[list[Any]]] = {}
-        self._reader: asyncio.Task[None] | None = None
+    def __init__(self, address: BufferAddress) -> None:
+        self._shards = [Connection(endpoint, address.keys) for endpoint in address.endpoints]
+        self._arena: Arena | None = None
+        self._attached: dict[int, bool] = {}
+        self._last_lease: dict[tuple[int, str], int] = defaultdict(int)
+        self._turns = itertools.count()
 
     async def __aenter__(self) -> Self:
-        self._reader = asyncio.create_task(self._read(), name="buffer-client")
+        for connection in self._shards:
+            connection.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
-        for answer in self._answers.values():
-            answer.cancel()
-        self._socket.close()
+        for connection in self._shards:
+            await connection.close()
+        if self._arena is not None:
+            self._arena.close()
 
-    async def _read(self) -> None:
-        """Waits for answers from the buffer and hands each to its asker; ends when the client is closed."""
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            answer = self._answers.pop(bytes(frames[0].buffer), None)
-            if answer is not None and not answer.done():
-                answer.set_result(frames)
+    @property
+    def shards(self) -> int:
+        return len(self._shards)
 
     async def ask(
-        self, request: wire.Request, body: pa.Buffer | None = None, timeout_s: float = 0.0
-    ) -> tuple[wire.Reply, memoryview | None]:
-        """Raises BufferUnreachable, LeaseLost or BadRequest."""
-        request_id = next(self._ids).to_bytes(8, "little")
-        answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = answer
-        frames: list[bytes | memoryview] = [request_id, wire.encode(request)]
-        if body is not None:
-            frames.append(memoryview(body))
-        await self._socket.send_multipart(frames, copy=False)
-        try:
-            # Not `wait_for`: on Python 3.11 it swallows a cancellation that comes together with the answer, and a
-            # loop that was told to end would go on.
-            async with asyncio.timeout(timeout_s + _GRACE_S):
-                return _understand(await answer)
-        except TimeoutError:
-            raise _unreachable(self._endpoint, request, timeout_s + _GRACE_S) from None
-        finally:
-            self._answers.pop(request_id, None)
+        self,
+        shard: int,
+        request: wire.Request,
+        body: bytes | memoryview | None = None,
+        timeout_s: float = 0.0,
+    ) -> Any:
+        """The reply of one shard. Raises BufferUnreachable, DiskFull, LeaseLost or BadRequest."""
+        return (await self._shards[shard].ask(request, body, timeout_s)).reply
 
-    async def capacity(self, timeout_s: float) -> int:
-        reply, _ = await self.ask(wire.Capacity(timeout_s=timeout_s), timeout_s=timeout_s)
-        return _as(wire.Number, reply).value
+    async def _ask_all(self, request: wire.Request, timeout_s: float = 0.0) -> list[Any]:
+        return await _together(self.ask(s, request, timeout_s=timeout_s) for s in range(self.shards))
 
-    async def admit(self, prompts: pa.RecordBatch) -> int:
-        reply, _ = await self.ask(wire.Admit(), wire.pack_rows(prompts))
-        return _as(wire.Number, reply).value
+    # ---- admission ---------------------------------------------------------------------------------------------
 
-    async def lease(self, engine_id: str, limit: int, timeout_s: float) -> pa.RecordBatch:
-        """`schema.LEASES` rows; none when there was nothing to do for `timeout_s`."""
-        request = wire.Lease(engine_id=engine_id, limit=limit, timeout_s=timeout_s)
-        _, body = await self.ask(request, timeout_s=timeout_s)
-        return pa.RecordBatch.from_pylist([], LEASES) if body is None else wire.unpack_rows(body, LEASES)
+    async def capacity(self, timeout_s: float) -> list[int]:
+        """Prompts that each shard may admit now; waits until one may."""
+        if self.shards == 1:
+            return [(await self.ask(0, wire.Capacity(timeout_s=timeout_s), timeout_s=timeout_s)).value]
+        now = [reply.value for reply in await self._ask_all(wire.Capacity(timeout_s=0.0))]
+        if any(now):
+            return now
+        turn, wait_s = next(self._turns) % self.shards, min(timeout_s, _LOOK_ROUND_S * self.shards)
+        found = await self.ask(turn, wire.Capacity(timeout_s=wait_s), timeout_s=wait_s)
+        return [found.value if shard == turn else 0 for shard in range(self.shards)]
 
-    async def append(self, engine_id: str, segments: pa.RecordBatch) -> list[int]:
+    async def admit(self, shard: int, prompts: Sequence[PromptRow], timeout_s: float = 30.0) -> wire.Admitted:
+        """Raises BadRequest past the shard's capacity."""
+        request = wire.Admit(
+            positions=[p.position for p in prompts],
+            prompt_ids=[p.prompt_id for p in prompts],
+            payloads=[p.payload for p in prompts],
+            lengths=[len(p.tokens) for p in prompts],
+            timeout_s=timeout_s,
+        )
+        body = b"".join(np.asarray(p.tokens, np.int32).tobytes() for p in prompts)
+        reply: wire.Admitted = await self.ask(shard, request, body, timeout_s)
+        return reply
+
+    # ---- rollouts ----------------------------------------------------------------------------------------------
+
+    async def lease(self, engine_id: str, limit: int, timeout_s: float) -> list[wire.Leased]:
+        """Up to `limit` rollouts to work on; none when there was nothing to do for `timeout_s`. One call at a time for
+        each engine: the last lease that it got says what it knows of."""
+        first = next(self._turns)
+        found: list[wire.Leased] = []
+        if self.shards > 1:
+            for shard in range(first, first + self.shards):
+                if len(found) < limit:
+                    found += await self._lease_at(shard % self.shards, engine_id, limit - len(found), 0.0)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        step_s = timeout_s if self.shards == 1 else min(timeout_s, _LOOK_ROUND_S)
+        # Waits at one shard after the other for work; ends with some, or at the deadline.
+        for shard in itertools.count(first):
+            if found:
+                break
+            found = await self._lease_at(shard % self.shards, engine_id, limit, step_s)
+            if asyncio.get_running_loop().time() >= deadline:
+                break
+        return found
+
+    async def _lease_at(self, shard: int, engine_id: str, limit: int, timeout_s: float) -> list[wire.Leased]:
+        last = self._last_lease[shard, engine_id]
+        request = wire.Lease(engine_id=engine_id, limit=limit, after=last, timeout_s=timeout_s)
+        found: list[wire.Leased] = (await self.ask(shard, request, timeout_s=timeout_s)).rollouts
+        self._last_lease[shard, engine_id] = max([last, *(lease.lease_id for lease in found)])
+        return found
+
+    async def append(self, engine_id: str, segments: Sequence[Segment]) -> list[int]:
         """Returns the rollouts whose lease is lost."""
-        reply, _ = await self.ask(wire.Append(engine_id=engine_id), wire.pack_rows(segments))
-        return _as(wire.Refused, reply).rollout_ids
+        parts = self._by_shard(segments, lambda s: s.rollout_id)
+        refused = await _together(self._append_at(shard, engine_id, part) for shard, part in parts.items())
+        return [rollout_id for ids in refused for rollout_id in ids]
 
-    async def score(self, scored: list[wire.Scored]) -> list[int]:
-        reply, _ = await self.ask(wire.Score(rollouts=scored))
-        return _as(wire.Refused, reply).rollout_ids
+    async def _append_at(self, shard: int, engine_id: str, segments: Sequence[Segment]) -> list[int]:
+        lengths = [len(s.tokens) for s in segments]
+        nbytes = 8 * sum(lengths)
+        arena = await self._arena_at(shard) if nbytes >= _IN_ARENA_BYTES else None
+        region = arena.allocate(nbytes) if arena else None
+        body = arena.view(region) if arena and region else memoryview(bytearray(nbytes))
+        _fill(body, segments, lengths)
+        request = wire.Append(
+            engine_id=engine_id,
+            rollout_ids=[s.rollout_id for s in segments],
+            lease_ids=[s.lease_id for s in segments],
+            starts=[s.start for s in segments],
+            versions=[s.version for s in segments],
+            lengths=lengths,
+            finish_reasons=[s.finish_reason for s in segments],
+            region=region,
+            body_hash=xxhash.xxh3_64_intdigest(body) if region else 0,
+        )
+        # Waits for one more try at most: a service that was started anew has to be shown the arena again.
+        for _ in range(2):
+            try:
+                reply = await self.ask(shard, request, None if region else body)
+                break
+            except ArenaUnknown:
+                self._attached.pop(shard, None)
+                if await self._arena_at(shard) is None:
+                    raise
+        else:
+            raise ArenaUnknown(
+                f"the buffer's shard {shard} forgets the arena at once: it restarts again and again"
+            )
+        if arena and region:
+            arena.free(region)  # not in `finally`: after an error the request may still be read
+        refused: list[int] = reply.rollout_ids
+        return refused
+
+    async def _arena_at(self, shard: int) -> Arena | None:
+        """The arena, once the shard has mapped it; None where it cannot."""
+        if self._arena is None:
+            self._arena = Arena(_ARENA_BYTES)
+        if shard not in self._attached:
+            reply = await self.ask(shard, wire.Attach(location=self._arena.location))
+            self._attached[shard] = not reply.refused
+            if reply.refused:
+                logger.info("shard %d: bodies go through the socket: %s", shard, reply.refused)
+        return self._arena if self._attached[shard] else None
+
+    async def score(self, scored: Sequence[wire.Scored]) -> list[int]:
+        """Returns the rollouts whose lease is lost."""
+        parts = self._by_shard(scored, lambda s: s.rollout_id)
+        replies = await _together(self.ask(s, wire.Score(rollouts=part)) for s, part in parts.items())
+        return [rollout_id for reply in replies for rollout_id in reply.rollout_ids]
 
     async def fail(self, rollout_id: int, lease_id: int, reason: str) -> None:
-        await self.ask(wire.Fail(rollout_id=rollout_id, lease_id=lease_id, reason=reason))
+        request = wire.Fail(rollout_id=rollout_id, lease_id=lease_id, reason=reason)
+        await self.ask(rollout_id % self.shards, request)
 
-    async def release(self, leases: list[tuple[int, int]]) -> None:
-        await self.ask(wire.Release(leases=leases))
+    async def release(self, leases: Sequence[tuple[int, int]]) -> None:
+        parts = self._by_shard(leases, lambda lease: lease[0])
+        await _together(self.ask(s, wire.Release(leases=part)) for s, part in parts.items())
 
     async def heartbeat(self, engine_id: str) -> None:
-        await self.ask(wire.Heartbeat(engine_id=engine_id))
+        await self._ask_all(wire.Heartbeat(engine_id=engine_id))
+
+    async def engine_lost(self, engine_id: str) -> int:
+        """Queues again what a dead engine held; returns how many rollouts that were."""
+        return sum(reply.value for reply in await self._ask_all(wire.EngineLost(engine_id=engine_id)))
+
+    def _by_shard(self, items: Iterable[_T], rollout_id: Any) -> dict[int, list[_T]]:
+        parts: dict[int, list[_T]] = defaultdict(list)
+        for item in items:
+            parts[rollout_id(item) % self.shards].append(item)
+        return parts
+
+    # ---- the run -----------------------------------------------------------------------------------------------
 
     async def status(self) -> wire.Report:
-        reply, _ = await self.ask(wire.Status())
-        return _as(wire.Report, reply)
+        return add_reports(await self._ask_all(wire.Status()))
 
     async def stop(self) -> Counts:
-        reply, _ = await self.ask(wire.Stop())
-        return _as(wire.Balance, reply).counts
+        return add_counts([reply.counts for reply in await self._ask_all(wire.Stop())])
 
 
-class BlockingBufferClient:
-    """For the learner's thread. One request at a time."""
+def _fill(body: memoryview, segments: Sequence[Segment], lengths: Sequence[int]) -> None:
+    """Writes the columns of all segments: tokens int32, then logprobs float32."""
+    total = sum(lengths)
+    tokens = np.frombuffer(body, np.int32, total)
+    logprobs = np.frombuffer(body, np.float32, total, 4 * total)
+    at = 0
+    for segment, length in zip(segments, lengths, strict=True):
+        tokens[at : at + length] = segment.tokens
+        logprobs[at : at + length] = segment.logprobs
+        at += length
 
-    def __init__(self, endpoint: str) -> None:
-        self._endpoint = endpoint
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(endpoint)
-        self._ids = itertools.count()
 
-    def close(self) -> None:
-        self._socket.close()
-
-    def ask(self, request: wire.Request, timeout_s: float = 0.0) -> tuple[wire.Reply, memoryview | None]:
-        """Raises BufferUnreachable, LeaseLost or BadRequest."""
-        request_id = next(self._ids).to_bytes(8, "little")
-        self._socket.send_multipart([request_id, wire.encode(request)])
-        waited_s = timeout_s + _GRACE_S
-        # Waits for the buffer's answer; an older request's late answer is passed over; ends at the deadline.
-        while self._socket.poll(int(1000 * waited_s)):
-            frames = self._socket.recv_multipart(copy=False)
-            if bytes(frames[0].buffer) == request_id:
-                return _understand(frames)
-        raise _unreachable(self._endpoint, request, waited_s)
-
-    def read_batch(self, timeout_s: float) -> tuple[Selection, pa.RecordBatch] | None:
-        """The next batch, or None when there was none within `timeout_s`."""
-        reply, body = self.ask(wire.ReadBatch(timeout_s=timeout_s), timeout_s)
-        if body is None:
-            return None
-        return _as(wire.Batch, reply).selection, wire.unpack_rows(body, BATCH)
-
-    def commit(self, batch_id: int, version: int) -> Counts:
-        reply, _ = self.ask(wire.Commit(batch_id=batch_id, version=version))
-        return _as(wire.Balance, reply).counts
-
-    def publish(self, version: int) -> None:
-        self.ask(wire.Publish(version=version))
-
-    def status(self) -> wire.Report:
-        reply, _ = self.ask(wire.Status())
-        return _as(wire.Report, reply)
-
-    def stop(self) -> Counts:
-        reply, _ = self.ask(wire.Stop())
-        return _as(wire.Balance, reply).counts
+async def _together(calls: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """All at once; with one call no task is made."""
+    waiting = list(calls)
+    if len(waiting) == 1:
+        return [await waiting[0]]
+    return list(await asyncio.gather(*waiting))

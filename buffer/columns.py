@@ -1,35 +1,29 @@
-"""The tokens of live rollouts, as numpy columns. Knows no states; what may be added or dropped is the ledger's word.
+"""The tokens of live rollouts, by rollout: what was asked, and the pieces of the answer. Knows no states; what may be added or
+dropped is the ledger's word, where the bytes lie is `blocks`'.
 
-Tokens int32 [n], logprobs float32 [n], versions int32 [n] per rollout, kept as the chunks in which they arrived and
-joined when they are read. Called by the buffer service, from one thread.
+Tokens int32 [n], logprobs float32 [n], versions int32 [n] per rollout. Called by `shard` and `recovery`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from asyncrl.buffer import schema
-from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer.blocks import Blocks, Piece
 from asyncrl.buffer.records import Rollout
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class Prompt:
     prompt_id: str
     tokens: np.ndarray  # int32 [prompt]
     payload: str
-
-
-@dataclass(slots=True)
-class Answer:
-    tokens: list[np.ndarray] = field(default_factory=list)
-    logprobs: list[np.ndarray] = field(default_factory=list)
-    versions: list[np.ndarray] = field(default_factory=list)
+    position: int
 
 
 def list_array(parts: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
@@ -37,6 +31,11 @@ def list_array(parts: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
     offsets = np.zeros(len(parts) + 1, dtype=np.int32)
     np.cumsum([len(p) for p in parts], out=offsets[1:])
     flat = np.concatenate(parts) if parts else np.empty(0)
+    return flat_lists(offsets, flat, kind)
+
+
+def flat_lists(offsets: np.ndarray, flat: np.ndarray, kind: pa.ListType) -> pa.ListArray:
+    """Arrow lists over values that lie one behind the other. Numbers are not copied."""
     values = pa.array(flat, type=kind.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
 
@@ -50,74 +49,68 @@ def slices(column: pa.ListArray | pa.ChunkedArray) -> list[np.ndarray]:
     return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
-def _join(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
-
-
 class Columns:
     """Prompts by group, answers by rollout."""
 
-    def __init__(self) -> None:
-        self._prompts: dict[int, Prompt] = {}
-        self._answers: dict[int, Answer] = {}
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.prompts: dict[int, Prompt] = {}
+        self.answers: dict[int, list[Piece]] = {}
 
     def put_prompt(self, group_id: int, prompt: Prompt, rollout_ids: Iterable[int]) -> None:
-        self._prompts[group_id] = prompt
+        self.prompts[group_id] = prompt
         for rollout_id in rollout_ids:
-            self._answers[rollout_id] = Answer()
+            self.answers[rollout_id] = []
 
-    def append(self, rollout_id: int, version: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        answer = self._answers[rollout_id]
-        answer.tokens.append(tokens)
-        answer.logprobs.append(logprobs)
-        answer.versions.append(np.full(len(tokens), version, dtype=np.int32))
+    def append(self, rollout_id: int, piece: Piece) -> None:
+        self.answers[rollout_id].append(piece)
+        piece.block.pieces += 1
 
     def restart(self, rollout_id: int) -> None:
         """Forgets the answer: the attempt failed."""
-        self._answers[rollout_id] = Answer()
+        for piece in self.answers[rollout_id]:
+            self.blocks.release(piece)
+        self.answers[rollout_id] = []
 
-    def drop(self, rollout_ids: Iterable[int], live_groups: Iterable[int]) -> None:
-        """Frees closed rollouts, and the prompts of groups that are no longer live."""
-        closed = list(rollout_ids)
-        for rollout_id in closed:
-            del self._answers[rollout_id]
-        if closed:
-            for group_id in self._prompts.keys() - set(live_groups):
-                del self._prompts[group_id]
+    def drop(self, rollout_ids: Iterable[int], group_ids: Iterable[int]) -> None:
+        """Frees closed rollouts and groups."""
+        release = self.blocks.release
+        for rollout_id in rollout_ids:
+            for piece in self.answers.pop(rollout_id):
+                release(piece)
+        for group_id in group_ids:
+            del self.prompts[group_id]
 
-    def leases(self, rollouts: Sequence[Rollout]) -> pa.RecordBatch:
-        """`schema.LEASES` rows."""
-        prompts = [self._prompts[r.group_id] for r in rollouts]
-        prefixes = [_join(self._answers[r.rollout_id].tokens, np.int32) for r in rollouts]
+    def tokens(self, rollout_id: int) -> bytes:
+        """The answer so far, as int32."""
+        return b"".join(self.blocks.tokens(p).tobytes() for p in self.answers[rollout_id])
+
+    def batch(self, rollouts: Sequence[Rollout], oldest_trainable_version: int) -> pa.RecordBatch:
+        """`schema.BATCH` rows; tokens of older versions than `oldest_trainable_version` are not trainable."""
+        answers = [self.answers[r.rollout_id] for r in rollouts]
+        offsets = np.zeros(len(rollouts) + 1, dtype=np.int32)
+        np.cumsum([r.length for r in rollouts], out=offsets[1:])
+        tokens = np.empty(offsets[-1], np.int32)
+        logprobs = np.empty(offsets[-1], np.float32)
+        pieces = list(itertools.chain.from_iterable(answers))
+        at, blocks = 0, self.blocks
+        for piece in pieces:
+            end = at + piece.length
+            tokens[at:end] = blocks.tokens(piece)
+            logprobs[at:end] = blocks.logprobs(piece)
+            at = end
+        counts = [p.length for p in pieces]
+        versions = np.repeat(np.array([p.version for p in pieces], np.int32), counts)
+        prompts = [self.prompts[r.group.group_id].tokens for r in rollouts]
         return pa.record_batch(
             [
                 pa.array([r.rollout_id for r in rollouts], pa.int64()),
-                pa.array([r.lease_id for r in rollouts], pa.int64()),
-                pa.array([r.group_id for r in rollouts], pa.int64()),
-                list_array([p.tokens for p in prompts], schema.TOKENS),
-                list_array(prefixes, schema.TOKENS),
-                pa.array([r.finish_reason for r in rollouts], pa.string()),
-                pa.array([p.payload for p in prompts], pa.string()),
-            ],
-            schema=schema.LEASES,
-        )
-
-    def batch(
-        self, rollout_ids: Sequence[int], ledger: Ledger, oldest_trainable_version: int
-    ) -> pa.RecordBatch:
-        """`schema.BATCH` rows; tokens of older versions than `oldest_trainable_version` are not trainable."""
-        rollouts = [ledger.rollouts[r] for r in rollout_ids]
-        answers = [self._answers[r] for r in rollout_ids]
-        versions = [_join(a.versions, np.int32) for a in answers]
-        return pa.record_batch(
-            [
-                pa.array(rollout_ids, pa.int64()),
-                pa.array([r.group_id for r in rollouts], pa.int64()),
-                list_array([self._prompts[r.group_id].tokens for r in rollouts], schema.TOKENS),
-                list_array([_join(a.tokens, np.int32) for a in answers], schema.TOKENS),
-                list_array([_join(a.logprobs, np.float32) for a in answers], schema.LOGPROBS),
-                list_array(versions, schema.TOKENS),
-                list_array([v >= oldest_trainable_version for v in versions], schema.FLAGS),
+                pa.array([r.group.group_id for r in rollouts], pa.int64()),
+                list_array(prompts, schema.TOKENS),
+                flat_lists(offsets, tokens, schema.TOKENS),
+                flat_lists(offsets, logprobs, schema.LOGPROBS),
+                flat_lists(offsets, versions, schema.TOKENS),
+                flat_lists(offsets, versions >= oldest_trainable_version, schema.FLAGS),
                 pa.array([r.reward for r in rollouts], pa.float32()),
                 pa.array([r.finish_reason for r in rollouts], pa.string()),
             ],

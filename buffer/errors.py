@@ -19,5 +19,17 @@ class BadRequest(BufferFault):
     """The request cannot be carried out as it stands; the message says why."""
 
 
+class ArenaUnknown(BufferFault):
+    """A body is said to lie in an arena that the service does not know (any more): attach it again."""
+
+
+class DiskFull(BufferFault):
+    """The log cannot grow: nothing new is taken until there is room again, and nothing is lost meanwhile."""
+
+
+class LogDamaged(BufferFault):
+    """The log cannot be read back: more than a torn tail is wrong with it."""
+
+
 class BufferUnreachable(BufferFault):
     """No answer from the buffer within the deadline."""

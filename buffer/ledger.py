@@ -6,134 +6,191 @@ Invariants, checked at every commit:
 - Only the holder of the present lease can append to, finish, score or fail a rollout.
 - A batch is whole: B complete groups, handed over once, every trainable token within the staleness bound.
 - Held groups never exceed (K + 1) B, so that what is admitted can be trained inside the bound.
+- Each request may be repeated: what it asks for is named (position, lease, start, batch), and done once.
 
 States and their transitions are drawn in `docs/architecture.md`. Tokens are not kept here, only how many of which
-version (`columns.py` holds them). Called by the buffer service alone, from one thread.
+version (`columns` holds them). One ledger serves one shard. Called by `shard` alone, from one thread.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import NamedTuple
 
 from asyncrl.buffer import staleness
+from asyncrl.buffer.book import Book
 from asyncrl.buffer.errors import BadRequest, ConservationError, LeaseLost
-from asyncrl.buffer.records import Counts, Group, Rollout, Selection, Transition, describe
+from asyncrl.buffer.records import (
+    RETRY,
+    Counts,
+    EngineRecord,
+    Group,
+    LedgerSettings,
+    Rollout,
+    Selection,
+    Transition,
+    describe,
+)
 from asyncrl.buffer.schema import State
 
-OverStale = Literal["mask", "wait", "drop"]
+_HELD = (State.LEASED, State.COMPLETE)
+
+
+class Prompt(NamedTuple):
+    """What the ledger wants to know of a prompt."""
+
+    prompt_id: str
+    position: int
+    """In the frontier: each prompt that is drawn has the next one."""
 
 
 class Ledger:
-    """The state machine of every rollout of a run. Versions start at -1: nothing published, nothing admitted."""
+    """The rules of every rollout of one shard. Versions start at -1: nothing published, nothing admitted."""
 
-    def __init__(
-        self,
-        *,
-        prompts_per_step: int,
-        rollouts_per_prompt: int,
-        max_staleness_versions: int,
-        over_stale: OverStale,
-        max_attempts: int,
-        lease_timeout_s: float,
-    ) -> None:
-        self.version = -1
-        self._prompts_per_step = prompts_per_step
-        self._rollouts_per_prompt = rollouts_per_prompt
-        self._bound = max_staleness_versions
-        self._over_stale = over_stale
-        self._max_attempts = max_attempts
-        self._lease_timeout_s = lease_timeout_s
-        self.rollouts: dict[int, Rollout] = {}
-        self.groups: dict[int, Group] = {}
-        self._queue: list[tuple[int, int]] = []
-        self._batches: dict[int, Selection] = {}
-        self._next_rollout = self._next_group = self._next_lease = self._next_batch = 1
-        self._admitted = self._trained = 0
-        self._dropped: Counter[str] = Counter()
-        self._failed: Counter[str] = Counter()
-        self.spanning_trained = 0
-        """Trained rollouts whose tokens are of two or more versions."""
-        self.most_versions = 0
-        self._transitions: list[Transition] = []
-        self.closed: list[int] = []
-        """Rollouts that reached a terminal state since the service last took this list."""
+    def __init__(self, settings: LedgerSettings, book: Book | None = None) -> None:
+        self.settings = settings
+        self.book = book or Book(settings)
+        self._nothing_to_read = False
+        """A read found no batch, and nothing has happened since that could make one."""
+
+    @property
+    def version(self) -> int:
+        return self.book.version
 
     # ---- admission ---------------------------------------------------------------------------------------------
 
     @property
     def capacity(self) -> int:
         """Groups that may be admitted now."""
-        if self.version < 0:
+        if not self.book.serving:
             return 0
-        return staleness.admission_capacity(len(self.groups), self._prompts_per_step, self._bound)
+        return staleness.admission_capacity(
+            len(self.book.groups), self.settings.prompts_per_step, self.settings.max_staleness_versions
+        )
 
-    def admit(self, groups: int) -> list[Group]:
-        """Admits so many new groups. Raises BadRequest past `capacity` (the caller asked for it before)."""
-        if groups > self.capacity:
+    def admit(self, prompts: Sequence[Prompt]) -> list[Group | None]:
+        """A new group for each prompt; None for one that was admitted before or is quarantined.
+
+        Raises BadRequest past `capacity` (the caller asked for it before); nothing is admitted then.
+        """
+        book = self.book
+        new = [p.position >= book.frontier and p.prompt_id not in book.quarantined for p in prompts]
+        if sum(new) > self.capacity:
             raise BadRequest(
-                f"admission of {groups} groups refused: capacity is {self.capacity} at version {self.version}"
+                f"admission of {sum(new)} groups refused: capacity is {self.capacity} at version {self.version}"
             )
-        admitted = []
-        for _ in range(groups):
-            ids = tuple(range(self._next_rollout, self._next_rollout + self._rollouts_per_prompt))
-            group = Group(self._next_group, ids, unscored=len(ids))
-            self._next_rollout += len(ids)
-            self._next_group += 1
-            self.groups[group.group_id] = group
-            for rollout_id in ids:
-                self.rollouts[rollout_id] = Rollout(rollout_id, group.group_id)
-                heapq.heappush(self._queue, (group.group_id, rollout_id))
-                self._note(self.rollouts[rollout_id])
-            self._admitted += len(ids)
-            admitted.append(group)
+        size = self.settings.rollouts_per_prompt + self.settings.spare_rollouts_per_prompt
+        shard, shards = self.settings.shard, self.settings.shards
+        admitted: list[Group | None] = []
+        for prompt, is_new in zip(prompts, new, strict=True):
+            if not is_new:
+                book.frontier = max(book.frontier, prompt.position + 1)
+                admitted.append(None)
+                continue
+            # An id modulo the number of shards names its shard.
+            ids = [(book.next_rollout + i) * shards + shard for i in range(size)]
+            group_id = book.next_group * shards + shard
+            admitted.append(book.admit(group_id, ids, prompt.prompt_id, prompt.position))
         return admitted
 
     # ---- leases ------------------------------------------------------------------------------------------------
 
-    def has_queued(self) -> bool:
-        while self._queue and not self._is_queued(self._queue[0][1]):
-            heapq.heappop(self._queue)
-        return bool(self._queue)
+    def lease(
+        self,
+        engine_id: str,
+        limit: int,
+        now: float,
+        after: int | None = None,
+        *,
+        next_batch_only: bool = False,
+    ) -> list[Rollout]:
+        """Hands out up to `limit` queued rollouts, those nearest to their staleness deadline first, with their prefix.
 
-    def lease(self, engine_id: str, limit: int, now: float) -> list[Rollout]:
-        """Hands out up to `limit` queued rollouts, those of the oldest groups first, with whatever prefix they have."""
+        `after`: the last lease that the engine knows of. What it was given since did not reach it, and is given again.
+        `next_batch_only` holds back all groups but those that the next batch needs (memory is short).
+        """
+        book = self.book
+        if not book.serving:
+            return []
+        lost = self._undelivered(engine_id, after, now)
+        if lost:
+            return lost
+        allowed = self._next_batch() if next_batch_only else None
         leased: list[Rollout] = []
-        while len(leased) < limit and self.has_queued():
-            _, rollout_id = heapq.heappop(self._queue)
-            rollout = self.rollouts[rollout_id]
-            rollout.state = State.LEASED
-            rollout.lease_id = self._next_lease
-            self._next_lease += 1
-            rollout.engine_id = engine_id
-            rollout.lease_deadline = now + self._lease_timeout_s
-            self._note(rollout)
+        passed: list[tuple[int, int, int]] = []
+        while book.queue and len(leased) < limit:
+            entry = heapq.heappop(book.queue)
+            rollout = book.rollouts.get(entry[2])
+            if rollout is None or rollout.state is not State.QUEUED:
+                continue
+            if allowed is not None and entry[1] not in allowed:
+                passed.append(entry)
+                if len(passed) > len(allowed):
+                    break
+                continue
+            book.lease(rollout, engine_id, book.next_lease, now)
             leased.append(rollout)
+        for entry in passed:
+            heapq.heappush(book.queue, entry)
         return leased
+
+    def _undelivered(self, engine_id: str, after: int | None, now: float) -> list[Rollout]:
+        engine = self.book.engines.get(engine_id)
+        if after is None or engine is None or engine.last_lease_id <= after:
+            return []
+        lost = [r for r in self.book.rollouts.values() if r.lease_id > after and r.engine_id == engine_id]
+        for rollout in lost:
+            rollout.touched = now
+        engine.last_lease_id = max((r.lease_id for r in lost), default=after)
+        return lost
+
+    def _next_batch(self) -> set[int]:
+        """The groups that can make the next batch soonest: the most urgent B that were not handed over."""
+        fresh = 1 << 60
+        waiting = (
+            (fresh if g.oldest_version is None else g.oldest_version, g.group_id)
+            for g in self.book.groups.values()
+            if not g.batch_id
+        )
+        return {group_id for _, group_id in heapq.nsmallest(self.settings.prompts_per_step, waiting)}
 
     def heartbeat(self, engine_id: str, now: float) -> None:
         """The engine lives: its leases run on."""
-        for rollout in self.rollouts.values():
-            if rollout.engine_id == engine_id and rollout.lease_id:
-                rollout.lease_deadline = now + self._lease_timeout_s
+        engine = self.book.engines.get(engine_id)
+        if engine is None:
+            self.book.engines[engine_id] = EngineRecord(now)
+        else:
+            engine.seen = now
 
     def expire(self, now: float) -> list[Rollout]:
         """Takes back leases whose deadline passed; the rollouts keep what was appended."""
-        lost = [r for r in self.rollouts.values() if r.lease_id and r.lease_deadline <= now]
-        for rollout in lost:
-            self._requeue(rollout, "lease expired")
+        book, lost = self.book, []
+        while book.expiry and book.expiry[0][0] <= now:
+            _, rollout_id, lease_id = heapq.heappop(book.expiry)
+            rollout = book.rollouts.get(rollout_id)
+            if rollout is None or rollout.lease_id != lease_id or rollout.state not in _HELD:
+                continue
+            seen = max(rollout.touched, book.engines[rollout.engine_id].seen)
+            deadline = seen + self.settings.lease_timeout_s
+            if deadline > now:
+                heapq.heappush(book.expiry, (deadline, rollout_id, lease_id))
+                continue
+            book.requeue(rollout, "lease expired", rollout.attempts)
+            lost.append(rollout)
         return lost
 
     def release(self, rollout_id: int, lease_id: int) -> None:
         """The engine hands a rollout back; it keeps its prefix."""
-        self._requeue(self._held(rollout_id, lease_id, (State.LEASED, State.COMPLETE)), "released")
+        rollout = self._held(rollout_id, lease_id, _HELD)
+        self.book.requeue(rollout, "released", rollout.attempts)
 
-    def release_engine(self, engine_id: str) -> None:
-        """The engine is gone; everything that it held goes back."""
-        for rollout in [r for r in self.rollouts.values() if r.lease_id and r.engine_id == engine_id]:
-            self._requeue(rollout, "engine lost")
+    def release_engine(self, engine_id: str) -> int:
+        """The engine is gone; everything that it held goes back. Returns how many rollouts that were."""
+        held = [r for r in self.book.rollouts.values() if r.lease_id and r.engine_id == engine_id]
+        for rollout in held:
+            self.book.requeue(rollout, "engine lost", rollout.attempts)
+        return len(held)
 
     # ---- progress ----------------------------------------------------------------------------------------------
 
@@ -148,230 +205,217 @@ class Ledger:
         now: float,
     ) -> bool:
         """Adds a segment. False when it was appended before (a retry after a lost reply): nothing to store then."""
-        rollout = self._held(rollout_id, lease_id, (State.LEASED, State.COMPLETE))
-        if start + tokens <= rollout.length and (tokens or rollout.state is State.COMPLETE):
-            return False
-        if rollout.state is State.COMPLETE or start != rollout.length:
+        rollout = self.book.rollouts.get(rollout_id)
+        if rollout is None or rollout.lease_id != lease_id or rollout.state is not State.LEASED:
+            rollout = self._held(rollout_id, lease_id, _HELD)
+        length = rollout.length
+        if start != length or rollout.state is not State.LEASED:
+            # A last segment may be empty: that it was taken shows in the state alone.
+            if start + tokens <= length and (tokens or rollout.state is State.COMPLETE):
+                return False
             raise BadRequest(
-                f"segment of rollout {rollout_id} starts at token {start}, expected {rollout.length} "
+                f"segment of rollout {rollout_id} starts at token {start}, expected {length} "
                 f"(state {rollout.state.name}): send segments in order, each once"
             )
-        if not 0 <= version <= self.version + 1:
+        if not 0 <= version <= self.book.version + 1:
             raise BadRequest(
-                f"segment of rollout {rollout_id} has version {version}, published is {self.version}"
+                f"segment of rollout {rollout_id} has version {version}, published is {self.book.version}: "
+                "engines sample at a published version, or at the one that is being published"
             )
-        if finish_reason and not rollout.length + tokens:
+        if finish_reason and not length + tokens:
             raise BadRequest(
                 f"rollout {rollout_id} finished without a token: an answer has at least its stop token"
             )
-        rollout.lease_deadline = now + self._lease_timeout_s
+        rollout.touched = now
         if tokens:
-            self._extend(rollout, version, tokens)
+            self.book.extend(rollout, version, tokens)
         if finish_reason:
-            rollout.state = State.COMPLETE
-            rollout.finish_reason = finish_reason
-            rollout.completed_version = max(self.version, version)
-            self._note(rollout, finish_reason)
+            self.book.complete(rollout, finish_reason)
         return True
-
-    def _extend(self, rollout: Rollout, version: int, tokens: int) -> None:
-        rollout.length += tokens
-        if rollout.spans and rollout.spans[-1][0] == version:
-            rollout.spans[-1] = (version, rollout.spans[-1][1] + tokens)
-        else:
-            rollout.spans.append((version, tokens))
-        group = self.groups[rollout.group_id]
-        group.oldest_version = version if group.oldest_version is None else min(group.oldest_version, version)
 
     def score(self, rollout_id: int, lease_id: int, reward: float) -> bool:
         """The reward is known; the lease ends. False when it was scored before under this lease."""
-        done = self.rollouts.get(rollout_id)
-        if (
-            done is not None
-            and done.state in (State.SCORED, State.BATCHED)
-            and done.scored_lease_id == lease_id
-        ):
+        book = self.book
+        rollout = book.rollouts.get(rollout_id)
+        if rollout is not None and rollout.state > State.COMPLETE and rollout.scored_lease_id == lease_id:
             return False
         rollout = self._held(rollout_id, lease_id, (State.COMPLETE,))
-        rollout.state = State.SCORED
-        rollout.reward = reward
-        rollout.lease_id, rollout.scored_lease_id = 0, lease_id
-        self.groups[rollout.group_id].unscored -= 1
-        self._note(rollout, reward=reward)
+        if book.score(rollout, reward):
+            self._nothing_to_read = False
+            self._group_complete(rollout.group)
         return True
+
+    def _group_complete(self, group: Group) -> None:
+        for rollout in list(group.rollouts.values()):
+            if rollout.state is not State.SCORED:
+                self.book.close(rollout, State.DROPPED, "surplus")
+        rewards = {r.reward for r in group.rollouts.values()}
+        if self.settings.dynamic_sampling and len(rewards) == 1:
+            self._drop_group(group, "no reward spread")
 
     def fail(self, rollout_id: int, lease_id: int, reason: str) -> bool:
         """The attempt came to nothing. True when the rollout is tried again, from its first token.
 
-        After `max_attempts` it is FAILED and its group is given up: one poisoned prompt must not hold a batch.
+        After `max_attempts` it is FAILED. A group that cannot be filled any more is given up and its prompt quarantined:
+        one poisoned prompt must not hold a batch.
         """
-        rollout = self._held(rollout_id, lease_id, (State.LEASED, State.COMPLETE))
-        rollout.attempts += 1
-        if rollout.attempts < self._max_attempts:
-            rollout.length, rollout.spans, rollout.finish_reason = 0, [], ""
-            self._requeue(rollout, reason)
+        rollout = self._held(rollout_id, lease_id, _HELD)
+        self._nothing_to_read = False  # a group that held the reader up may be gone
+        if rollout.attempts + 1 < self.settings.max_attempts:
+            self.book.requeue(rollout, reason + RETRY, rollout.attempts + 1)
             return True
-        group = self.groups[rollout.group_id]
-        self._close(rollout, State.FAILED, reason)
-        self._drop_group(group, "a rollout of its group failed")
+        group = rollout.group
+        self.book.close(rollout, State.FAILED, reason)
+        if group.prompt_id in self.book.quarantined:
+            self._drop_group(group, "a rollout of its group failed")
         return False
 
     # ---- batches -----------------------------------------------------------------------------------------------
 
-    def select(self) -> Selection | None:
-        """Decides on the next batch, or None while there is no valid one. Groups are taken oldest first."""
-        if self.version < 0:
-            return None
-        ready = sorted(self._ready(), key=lambda g: (self._deadline(g), g.group_id))
-        if len(ready) < self._prompts_per_step:
-            return None
-        chosen = ready[: self._prompts_per_step]
-        if self._over_stale == "wait" and not self._may_leave(chosen):
-            return None
-        return self._hand_over(chosen)
+    def select(self, after: int | None = None) -> Selection | None:
+        """Decides on the next batch, or None while there is no valid one. The most urgent groups come first.
 
-    def _ready(self) -> list[Group]:
-        ready = [g for g in self.groups.values() if g.unscored == 0 and not g.batched]
-        stale = [g for g in ready if self._is_over_stale(g)]
-        for group in stale:
-            self._drop_group(group, "over_stale")
-        return [g for g in ready if g.group_id in self.groups]
+        `after`: the last batch that the reader got. One that was handed over since did not reach it: it comes again.
+        """
+        if not self.book.serving:
+            return None
+        if after is not None:
+            lost = [b for b in self.book.batches if b > after]
+            if lost:
+                return self._describe(min(lost))
+        if self._nothing_to_read:
+            return None
+        chosen = self._choose()
+        if chosen is None:
+            self._nothing_to_read = True
+            return None
+        batch_id = self.book.next_batch
+        self.book.batch(chosen, batch_id)
+        return self._describe(batch_id)
+
+    def _describe(self, batch_id: int) -> Selection:
+        return describe(
+            batch_id, self.version, self.book.batches[batch_id], self.settings.max_staleness_versions
+        )
+
+    def _choose(self) -> list[Group] | None:
+        ready, chosen = self.book.ready, list[Group]()
+        while ready and len(chosen) < self.settings.prompts_per_step:
+            group = self.book.groups.get(heapq.heappop(ready)[1])
+            if group is None or group.batch_id:
+                continue
+            if self._is_over_stale(group):
+                self._drop_group(group, "over_stale")
+                continue
+            chosen.append(group)
+        if len(chosen) == self.settings.prompts_per_step and self._may_leave(chosen):
+            return chosen
+        for group in chosen:
+            assert group.oldest_version is not None
+            heapq.heappush(ready, (group.oldest_version, group.group_id))
+        return None
 
     def _is_over_stale(self, group: Group) -> bool:
-        if self._over_stale == "drop":
-            return self._deadline(group) < self.version
-        spans = (span for r in group.rollout_ids for span in self.rollouts[r].spans)
-        return not any(staleness.is_trainable(self.version, version, self._bound) for version, _ in spans)
+        bound = self.settings.max_staleness_versions
+        assert group.oldest_version is not None
+        if self.settings.over_stale == "drop":
+            return staleness.deadline(group.oldest_version, bound) < self.version
+        return not staleness.is_trainable(self.version, min(group.newest_version, self.version), bound)
 
     def _may_leave(self, chosen: Sequence[Group]) -> bool:
-        taken = {g.group_id for g in chosen}
-        left = [g for g in self.groups.values() if g.group_id not in taken and not g.batched]
-        deadlines = [self._deadline(g) for g in left if g.oldest_version is not None]
-        return staleness.may_hand_over(self.version, deadlines, self._prompts_per_step)
-
-    def _deadline(self, group: Group) -> int:
-        oldest = self.version if group.oldest_version is None else group.oldest_version
-        return staleness.deadline(oldest, self._bound)
-
-    def _hand_over(self, groups: Sequence[Group]) -> Selection:
-        rollouts = [self.rollouts[r] for g in groups for r in g.rollout_ids]
-        for group in groups:
-            group.batched = True
-        for rollout in rollouts:
-            rollout.state = State.BATCHED
-            self._note(rollout)
-        selection = describe(self._next_batch, self.version, groups, rollouts, self._bound)
-        self._batches[selection.batch_id] = selection
-        self._next_batch += 1
-        return selection
+        if self.settings.over_stale != "wait":
+            return True
+        bound = self.settings.max_staleness_versions
+        due = {staleness.deadline(age, bound): count for age, count in self.book.ages.items()}
+        for group in chosen:
+            assert group.oldest_version is not None
+            due[staleness.deadline(group.oldest_version, bound)] -= 1
+        return staleness.may_hand_over(self.version, due, self.settings.prompts_per_step)
 
     def commit(self, batch_id: int, version: int) -> Counts:
         """The batch was trained and `version` published. Raises ConservationError if the equation does not hold."""
-        if version != self.version + 1:
+        book = self.book
+        if version == book.version and 0 < batch_id < book.next_batch and batch_id not in book.batches:
+            return self.check()  # the same commit once more
+        if version != book.version + 1:
             raise BadRequest(
-                f"commit of batch {batch_id} publishes version {version}, expected {self.version + 1}"
+                f"commit of batch {batch_id} publishes version {version}, expected {book.version + 1}"
             )
-        batch = self._batches.pop(batch_id, None)
-        if batch is None:
-            raise BadRequest(f"batch {batch_id} is not handed over (open: {sorted(self._batches)})")
-        self.version = version
-        for rollout_id in batch.rollout_ids:
-            rollout = self.rollouts[rollout_id]
-            versions = len({v for v, _ in rollout.spans})
-            self.spanning_trained += versions > 1
-            self.most_versions = max(self.most_versions, versions)
-            self._close(rollout, State.TRAINED, "")
-        for group_id in batch.group_ids:
-            del self.groups[group_id]
+        groups = book.batches.get(batch_id)
+        if groups is None:
+            raise BadRequest(f"batch {batch_id} is not handed over (open: {sorted(book.batches)})")
+        book.version = version
+        for rollout in [r for g in groups for r in g.rollouts.values()]:
+            book.close(rollout, State.TRAINED, "")
+        self._nothing_to_read = False
         return self.check()
 
     def publish(self, version: int) -> None:
-        """The first version of the run: engines confirmed it, prompts may be admitted."""
-        if self.version != -1:
+        """The engines confirmed `version`, at the start of a run or after a restore: prompts and leases may go out."""
+        book = self.book
+        if book.serving and version == book.version:
+            return  # the same request once more
+        if book.serving or version < 0 or (book.version >= 0 and version != book.version):
             raise BadRequest(
-                f"version {version} published outside a commit; present version is {self.version}"
+                f"version {version} published outside a commit; present version is {book.version}"
             )
-        self.version = version
+        book.publish(version)
+        self._nothing_to_read = False
+
+    def drop_quarantined(self) -> None:
+        """After a restore: prompts that were found to be bad later on are not tried again."""
+        for group in list(self.book.groups.values()):
+            if group.prompt_id in self.book.quarantined and not group.batch_id:
+                self._drop_group(group, "prompt is quarantined")
 
     # ---- accounts ----------------------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
+        book = self.book
         return Counts(
-            admitted=self._admitted,
-            trained=self._trained,
-            dropped=dict(self._dropped),
-            failed=dict(self._failed),
-            live=len(self.rollouts),
+            admitted=book.admitted,
+            trained=book.trained,
+            dropped=dict(book.dropped),
+            failed=dict(book.failed),
+            live=len(book.rollouts),
         )
 
     def check(self) -> Counts:
         """Recounts the equation from the live rollouts and groups, not from the counters alone."""
         counts = self.counts()
-        members = sum(len(g.rollout_ids) for g in self.groups.values())
-        orphans = [r for g in self.groups.values() for r in g.rollout_ids if r not in self.rollouts]
-        if not counts.holds or members != counts.live or orphans:
+        book = self.book
+        members = sum(len(g.rollouts) for g in book.groups.values())
+        orphans = [r for g in book.groups.values() for r in g.rollouts if r not in book.rollouts]
+        if not counts.holds or members != counts.live or orphans or sum(book.by_state) != counts.live:
             raise ConservationError(
-                f"at version {self.version}: {counts}, rollouts of live groups {members}, missing {orphans[:5]}"
+                f"at version {self.version}: {counts}, rollouts of live groups {members}, by state "
+                f"{sum(book.by_state)}, missing {orphans[:5]}"
             )
         return counts
 
     def by_state(self) -> dict[str, int]:
-        states = Counter(r.state for r in self.rollouts.values())
-        return {s.name.lower(): states[s] for s in State if s <= State.BATCHED}
+        return {s.name.lower(): self.book.by_state[s] for s in State if s <= State.BATCHED}
 
-    def take_transitions(self) -> list[Transition]:
-        taken, self._transitions = self._transitions, []
+    def take_rows(self) -> list[Transition]:
+        taken, self.book.rows = self.book.rows, []
         return taken
 
-    def take_closed(self) -> list[int]:
-        taken, self.closed = self.closed, []
+    def take_closed(self) -> tuple[list[int], list[int]]:
+        """Rollouts and groups that ended since this was last asked."""
+        book = self.book
+        taken = book.closed, book.closed_groups
+        book.closed, book.closed_groups = [], []
         return taken
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _is_queued(self, rollout_id: int) -> bool:
-        rollout = self.rollouts.get(rollout_id)
-        return rollout is not None and rollout.state is State.QUEUED
-
     def _held(self, rollout_id: int, lease_id: int, states: tuple[State, ...]) -> Rollout:
-        rollout = self.rollouts.get(rollout_id)
+        rollout = self.book.rollouts.get(rollout_id)
         if rollout is None or not lease_id or rollout.lease_id != lease_id or rollout.state not in states:
             now = "gone" if rollout is None else f"{rollout.state.name}, lease {rollout.lease_id}"
             raise LeaseLost(f"rollout {rollout_id}: lease {lease_id} is not valid (rollout is {now})")
         return rollout
 
-    def _requeue(self, rollout: Rollout, reason: str) -> None:
-        # A complete rollout that lost its scorer is leased again with all its tokens, only to be scored.
-        rollout.state = State.QUEUED
-        rollout.lease_id, rollout.engine_id = 0, ""
-        heapq.heappush(self._queue, (rollout.group_id, rollout.rollout_id))
-        self._note(rollout, reason)
-
     def _drop_group(self, group: Group, reason: str) -> None:
-        for rollout_id in group.rollout_ids:
-            if rollout_id in self.rollouts:
-                self._close(self.rollouts[rollout_id], State.DROPPED, reason)
-        del self.groups[group.group_id]
-
-    def _close(self, rollout: Rollout, state: State, reason: str) -> None:
-        rollout.state, rollout.lease_id = state, 0
-        if state is State.TRAINED:
-            self._trained += 1
-        else:
-            (self._dropped if state is State.DROPPED else self._failed)[reason] += 1
-        self._note(rollout, reason)
-        del self.rollouts[rollout.rollout_id]
-        self.closed.append(rollout.rollout_id)
-
-    def _note(self, rollout: Rollout, reason: str = "", reward: float = 0.0) -> None:
-        self._transitions.append(
-            Transition(
-                rollout.rollout_id,
-                rollout.group_id,
-                rollout.state,
-                self.version,
-                rollout.engine_id,
-                reason,
-                reward,
-            )
-        )
+        for rollout in list(group.rollouts.values()):
+            self.book.close(rollout, State.DROPPED, reason)

@@ -1,6 +1,6 @@
 """What the ledger keeps of rollouts and groups, and what it tells others of them. Pure.
 
-`Rollout` and `Group` change under the ledger's hands alone; the rest is frozen and travels.
+`Rollout`, `Group` and `EngineRecord` change under the hands of `book` alone; the rest is frozen and travels.
 """
 
 from __future__ import annotations
@@ -8,26 +8,95 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from asyncrl.buffer import staleness
+from asyncrl.buffer.config import BufferConfig, StalenessConfig
 from asyncrl.buffer.schema import State
 
+Spans = list[tuple[int, int]]
+"""(version, tokens), in order of sampling."""
 
-@dataclass(slots=True)
+
+class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ledger of one shard goes by."""
+
+    prompts_per_step: int
+    """This shard's share: groups of its batches."""
+    rollouts_per_prompt: int
+    spare_rollouts_per_prompt: int = 0
+    dynamic_sampling: bool = False
+    max_staleness_versions: int = 2
+    over_stale: str = "mask"
+    max_attempts: int = 3
+    lease_timeout_s: float = 120.0
+    shard: int = 0
+    shards: int = 1
+
+    @property
+    def first_k(self) -> bool:
+        return self.spare_rollouts_per_prompt > 0
+
+
+def share(prompts_per_step: int, shard: int, shards: int) -> int:
+    """Groups of one batch that come from `shard`: as equal as can be."""
+    return prompts_per_step // shards + (shard < prompts_per_step % shards)
+
+
+def ledger_settings(
+    config: BufferConfig,
+    staleness_config: StalenessConfig,
+    prompts_per_step: int,
+    rollouts_per_prompt: int,
+    shard: int = 0,
+) -> LedgerSettings:
+    """The settings of one shard, from a recipe's."""
+    return LedgerSettings(
+        prompts_per_step=share(prompts_per_step, shard, config.shards),
+        rollouts_per_prompt=rollouts_per_prompt,
+        spare_rollouts_per_prompt=config.group_policy.spare_rollouts_per_prompt,
+        dynamic_sampling=config.dynamic_sampling,
+        max_staleness_versions=staleness_config.max_staleness_versions,
+        over_stale=staleness_config.over_stale,
+        max_attempts=config.max_attempts,
+        lease_timeout_s=config.lease_timeout_s,
+        shard=shard,
+        shards=config.shards,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    group_id: int
+    prompt_id: str
+    position: int
+    """Of its prompt in the frontier."""
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    """Those that are not closed."""
+    oldest_version: int | None = None
+    """Version of the oldest token of any of its rollouts; None before the first."""
+    newest_version: int = -1
+    scored: int = 0
+    batch_id: int = 0
+    """Of the batch that it was handed over in; 0 before."""
+
+
+@dataclass(slots=True, eq=False)
 class Rollout:
     rollout_id: int
-    group_id: int
+    group: Group
     state: State = State.QUEUED
     lease_id: int = 0
     scored_lease_id: int = 0
     """The lease under which it was scored, so that a repeated request is recognised."""
     engine_id: str = ""
-    lease_deadline: float = 0.0
+    touched: float = 0.0
+    """When its lease was last used."""
     length: int = 0
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    """(version, tokens), in order of sampling."""
+    spans: Spans = field(default_factory=list)
     attempts: int = 0
     completed_version: int = -1
     finish_reason: str = ""
@@ -35,25 +104,53 @@ class Rollout:
 
 
 @dataclass(slots=True)
-class Group:
-    group_id: int
-    rollout_ids: tuple[int, ...]
-    oldest_version: int | None = None
-    """Version of the oldest token of any of its rollouts; None before the first."""
-    unscored: int = 0
-    batched: bool = False
+class EngineRecord:
+    seen: float
+    """Its last heartbeat, lease or append."""
+    last_lease_id: int = 0
 
 
-class Transition(msgspec.Struct, frozen=True):
-    """One change of state, for the log."""
+class Transition(NamedTuple):
+    """One change of state, for the log. A rollout_id of 0 with PUBLISHED says that a version went live."""
 
     rollout_id: int
     group_id: int
-    state: State
+    state: str
     version: int
-    engine_id: str = ""
-    reason: str = ""
-    reward: float = 0.0
+    lease_id: int
+    attempts: int
+    batch_id: int
+    engine_id: str
+    reason: str
+    reward: float
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of tokens of one rollout at one version, on its way from an engine."""
+
+    rollout_id: int
+    lease_id: int
+    start: int
+    """Index of its first token within the rollout's answer."""
+    version: int
+    tokens: Sequence[int] | np.ndarray
+    logprobs: Sequence[float] | np.ndarray
+    finish_reason: str = ""
+
+
+class PromptRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt that asks for admission."""
+
+    prompt_id: str
+    tokens: Sequence[int]
+    payload: str
+    """JSON: what the reward needs to know of it."""
+    position: int
+    """In the frontier."""
+
+
+PUBLISHED = "PUBLISHED"
+RETRY = ": tried again"
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,9 +170,10 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that was decided on: its groups, oldest first, with their rollouts."""
+    """A batch that was decided on: its groups, the most urgent first, with their rollouts."""
 
-    batch_id: int
+    batch_ids: tuple[int, ...]
+    """One of each shard."""
     version: int
     group_ids: tuple[int, ...]
     rollout_ids: tuple[int, ...]
@@ -90,10 +188,9 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     trainable_tokens: int
 
 
-def describe(
-    batch_id: int, version: int, groups: Sequence[Group], rollouts: Sequence[Rollout], bound: int
-) -> Selection:
+def describe(batch_id: int, version: int, groups: Sequence[Group], bound: int) -> Selection:
     """The figures of a batch that leaves at `version`."""
+    rollouts = [r for g in groups for r in g.rollouts.values()]
     by_age: Counter[int] = Counter()
     in_flight = in_queue = 0
     for rollout in rollouts:
@@ -107,7 +204,7 @@ def describe(
     }
     trainable = sum(fresh.values())
     return Selection(
-        batch_id=batch_id,
+        batch_ids=(batch_id,),
         version=version,
         group_ids=tuple(g.group_id for g in groups),
         rollout_ids=tuple(r.rollout_id for r in rollouts),
@@ -116,6 +213,25 @@ def describe(
         staleness_max=max(fresh, default=0),
         in_flight_mean=in_flight / max(1, tokens),
         in_queue_mean=in_queue / max(1, tokens),
+        tokens=tokens,
+        trainable_tokens=trainable,
+    )
+
+
+def merge(parts: Sequence[Selection]) -> Selection:
+    """One batch of the shards' parts. All must leave at the same version."""
+    tokens, trainable = sum(p.tokens for p in parts), sum(p.trainable_tokens for p in parts)
+    aged = [p for p in parts if p.trainable_tokens]
+    return Selection(
+        batch_ids=tuple(b for p in parts for b in p.batch_ids),
+        version=parts[0].version,
+        group_ids=tuple(g for p in parts for g in p.group_ids),
+        rollout_ids=tuple(r for p in parts for r in p.rollout_ids),
+        staleness_min=min((p.staleness_min for p in aged), default=0),
+        staleness_mean=sum(p.staleness_mean * p.trainable_tokens for p in aged) / max(1, trainable),
+        staleness_max=max((p.staleness_max for p in aged), default=0),
+        in_flight_mean=sum(p.in_flight_mean * p.tokens for p in parts) / max(1, tokens),
+        in_queue_mean=sum(p.in_queue_mean * p.tokens for p in parts) / max(1, tokens),
         tokens=tokens,
         trainable_tokens=trainable,
     )

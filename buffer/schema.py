@@ -14,6 +14,9 @@ pool      engines of one shape
 bucket    bytes of weights sent at once
 hand-over the moment a batch leaves the buffer for the learner; staleness is measured there
 
+frontier  the walk through the prompts; a prompt's position in it never changes
+shard     one process of the buffer; a group lives in the shard that its id names (id modulo shards)
+
 Tokens are int32, logprobs float32, versions int32. A token's logprob is the behaviour policy's, as the engine sampled it.
 """
 
@@ -45,36 +48,8 @@ def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
 
 TOKENS: Final = pa.list_(pa.field("item", pa.int32(), nullable=False))
 LOGPROBS: Final = pa.list_(pa.field("item", pa.float32(), nullable=False))
+IDS: Final = pa.list_(pa.field("item", pa.int64(), nullable=False))
 FLAGS: Final = pa.list_(pa.field("item", pa.bool_(), nullable=False))
-
-PROMPTS: Final = _schema(
-    ("prompt_id", pa.string()),
-    ("tokens", TOKENS),
-    ("payload", pa.string()),  # JSON: what the reward needs to know of the prompt, such as its answer
-)
-"""Prompts that ask for admission, in the order of the frontier. Each becomes one group."""
-
-LEASES: Final = _schema(
-    ("rollout_id", pa.int64()),
-    ("lease_id", pa.int64()),
-    ("group_id", pa.int64()),
-    ("prompt_tokens", TOKENS),
-    ("tokens", TOKENS),  # what earlier leases sampled: the prefix to go on from
-    ("finish_reason", pa.string()),  # not "" when all tokens are there and only the score is missing
-    ("payload", pa.string()),
-)
-"""What an engine gets to work on."""
-
-SEGMENTS: Final = _schema(
-    ("rollout_id", pa.int64()),
-    ("lease_id", pa.int64()),
-    ("start", pa.int32()),  # index of the first token within the rollout's answer
-    ("version", pa.int32()),
-    ("tokens", TOKENS),
-    ("logprobs", LOGPROBS),
-    ("finish_reason", pa.string()),  # "" while the rollout goes on, "stop" or "length" on its last segment
-)
-"""What an engine sends while it generates. The last segment may be empty."""
 
 BATCH: Final = _schema(
     ("rollout_id", pa.int64()),

@@ -1,43 +1,48 @@
-"""The buffer process: one ZMQ ROUTER, one thread, one loop around the ledger, the columns and the log.
+"""A shard's process: one ZMQ ROUTER, one thread, one loop around the shard.
 
-The loop takes every request that has arrived, lets the ledger decide, writes what changed to the log with one flush,
-and only then answers: nothing is acknowledged that is not with the operating system. Requests that wait (lease, read,
-capacity) are kept with their deadline and tried again after every change. It ends on `Stop`, or with the traceback of
-a broken invariant.
+The loop takes what has arrived, lets the shard decide, writes what changed to the log with one commit, and only then
+answers: nothing is acknowledged that is not with the operating system (or on the disk, as `durability` says). Requests that
+wait are kept with their deadline and tried again after every change. While the log's disk is full nothing changes: what was
+decided is kept and answered once it is written, the rest is refused by name. Frames that are no request get an error or
+silence. It ends on `Stop`, or with the traceback of a broken invariant.
 """
 
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pyarrow as pa
+import xxhash
 import zmq
 
 from asyncrl.buffer import wire
-from asyncrl.buffer.columns import Columns, Prompt, slices
-from asyncrl.buffer.config import BufferConfig, StalenessConfig
-from asyncrl.buffer.errors import BadRequest, LeaseLost
-from asyncrl.buffer.ledger import Ledger
-from asyncrl.buffer.log import Log
-from asyncrl.buffer.schema import PROMPTS, SEGMENTS
+from asyncrl.buffer.arena import ArenaRefused, AttachedArena, Region
+from asyncrl.buffer.config import BufferConfig
+from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, LeaseLost
+from asyncrl.buffer.keys import Authenticator, ServerKeys, secure_server
+from asyncrl.buffer.records import LedgerSettings
+from asyncrl.buffer.shard import Body, Shard
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 """Longest sleep of the loop: how late a lease may be taken back."""
-_BURST = 256
-"""Requests taken before the log is flushed and they are answered."""
+_BURST = 512
+"""Requests taken before the log is written and they are answered."""
+_IDLE_ARENA_S = 600.0
+"""An arena whose owner has been silent for so long is let go; its owner is told when it comes back."""
+_LARGEST_FRAME_BYTES = 2**30
 
 _WAITS = {
     wire.Capacity: "prompts wait for staleness",
+    wire.Admit: "prompts wait for a snapshot",
     wire.Lease: "engines wait for prompts",
     wire.ReadBatch: "learner waits for rollouts",
 }
@@ -47,48 +52,66 @@ _WAITS = {
 class Waiting:
     """A request that could not be answered yet."""
 
-    address: bytes
-    request_id: bytes
-    request: wire.Capacity | wire.Lease | wire.ReadBatch
+    request: wire.Waits
+    body: Body
     since: float
     deadline: float
 
 
+@dataclass(slots=True)
+class Attachment:
+    arena: AttachedArena
+    used: float
+
+
 class BufferService:
-    """`run` serves until `Stop`. `endpoint` is known after construction."""
+    """`run` serves one shard until `Stop`. `endpoint` is known after construction; `port` 0 takes any."""
 
     def __init__(
         self,
         *,
+        settings: LedgerSettings,
         config: BufferConfig,
-        staleness: StalenessConfig,
-        prompts_per_step: int,
-        rollouts_per_prompt: int,
-        log_folder: Path,
+        folder: Path,
+        keys: ServerKeys,
         host: str = "127.0.0.1",
+        port: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ledger = Ledger(
-            prompts_per_step=prompts_per_step,
-            rollouts_per_prompt=rollouts_per_prompt,
-            max_staleness_versions=staleness.max_staleness_versions,
-            over_stale=staleness.over_stale,
-            max_attempts=config.max_attempts,
-            lease_timeout_s=config.lease_timeout_s,
-        )
-        self._bound = staleness.max_staleness_versions
-        self._columns = Columns()
-        self._log = Log(log_folder)
+        self._shard = Shard(settings, config, folder, clock)
+        self._memory_bytes = config.memory_bytes // settings.shards
         self._clock = clock
-        self._waiting: list[Waiting] = []
+        self._waiting: dict[tuple[bytes, bytes], Waiting] = {}
         self._waited_s: dict[str, float] = defaultdict(float)
-        self._replies: list[list[bytes | memoryview | pa.Buffer]] = []
+        self._replies: list[list[bytes | memoryview]] = []
+        self._arenas: dict[bytes, Attachment] = {}
+        self._disk_full = ""
+        self._held: list[list[bytes | memoryview]] = []
+        """Answers to what is decided and not written: they wait for the disk."""
         self._stopping = False
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard > soft else soft, hard))
+        self._context = zmq.Context[zmq.Socket[bytes]]()
+        self._authenticator = Authenticator(self._context, keys)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
-        port: int = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.endpoint = f"tcp://{host}:{port}"
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who comes back is the same asker, not a second one
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_FRAME_BYTES)
+        self._socket.setsockopt(zmq.RCVHWM, 10_000)
+        self._socket.setsockopt(zmq.SNDHWM, 10_000)
+        secure_server(self._socket, keys)
+        self.endpoint = self._bind(host, port)
+
+    def _bind(self, host: str, port: int) -> str:
+        try:
+            if not port:
+                port = self._socket.bind_to_random_port(f"tcp://{host}")
+            else:
+                self._socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError:
+            self._close()
+            raise
+        return f"tcp://{host}:{port}"
 
     def run(self) -> None:
         """Waits for requests and for the deadlines of waiting ones; ends on `Stop` or a broken invariant."""
@@ -98,210 +121,206 @@ class BufferService:
             while not self._stopping:
                 poller.poll(self._sleep_ms())
                 self._take_requests()
-                self._expire_leases()
-                self._serve_waiting()
+                if self._disk_full:
+                    self._refuse_late()
+                else:
+                    self._shard.expire()
+                    self._shard.seal()
+                    self._serve_waiting()
                 self._settle()
         finally:
-            self._log.close()
-            self._socket.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._shard.close()
+        self._socket.close()
+        self._authenticator.close()
+        self._context.term()
 
     # ---- the loop's steps --------------------------------------------------------------------------------------
 
     def _sleep_ms(self) -> int:
-        next_deadline = min((w.deadline for w in self._waiting), default=float("inf"))
+        next_deadline = min((w.deadline for w in self._waiting.values()), default=float("inf"))
         return int(1000 * max(0.0, min(_TICK_S, next_deadline - self._clock()))) + 1
 
     def _take_requests(self) -> None:
         for _ in range(_BURST):
             try:
-                address, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take(address, frames)
+            self._take(frames)
 
-    def _take(self, address: bytes, frames: list[bytes]) -> None:
-        if not 2 <= len(frames) <= 3:
-            logger.warning("dropped a message of %d frames from %s", len(frames), address.hex())
+    def _take(self, frames: list[bytes]) -> None:
+        if not 3 <= len(frames) <= 4 or len(frames[1]) != 8:
+            logger.warning("passed over %d frames from %s: no request", len(frames), frames[0].hex())
             return
-        request_id, header = frames[0], frames[1]
-        body = frames[2] if len(frames) == 3 else b""
+        address, request_id, header = frames[0], frames[1], frames[2]
         try:
             request = wire.decode_request(header)
-            if isinstance(request, wire.Capacity | wire.Lease | wire.ReadBatch):
+            body = self._body(address, request, frames)
+            if isinstance(request, wire.Waits):
                 now = self._clock()
-                self._waiting.append(Waiting(address, request_id, request, now, now + request.timeout_s))
-                return
-            self._reply(address, request_id, self._carry_out(request, body))
-        except (msgspec.DecodeError, pa.ArrowInvalid, BadRequest, LeaseLost) as problem:
+                # The same request again takes the place of the first: its asker may have lost the connection.
+                self._waiting[address, request_id] = Waiting(request, body, now, now + request.timeout_s)
+            else:
+                self._reply(address, request_id, self._answer(address, request, body))
+        except (
+            msgspec.MsgspecError,
+            pa.ArrowInvalid,
+            BadRequest,
+            LeaseLost,
+            DiskFull,
+            ArenaUnknown,
+        ) as problem:
             # The asker's mistake, told to the asker. Anything else is ours and ends the process.
-            self._reply(address, request_id, wire.Problem(kind=type(problem).__name__, message=str(problem)))
+            self._refuse(address, request_id, problem)
 
-    def _expire_leases(self) -> None:
-        for rollout in self._ledger.expire(self._clock()):
-            logger.warning(
-                "lease of rollout %d expired; it goes on with %d tokens", rollout.rollout_id, rollout.length
-            )
+    def _body(self, address: bytes, request: wire.Request, frames: list[bytes]) -> Body:
+        if isinstance(request, wire.Append) and request.region is not None:
+            body = self._arena(address).view(request.region)
+            # An asker that gave up may have used the region again before this request was read.
+            if xxhash.xxh3_64_intdigest(body) != request.body_hash:
+                raise BadRequest("append: the body in the arena is not what was sent; nothing was taken")
+            return body
+        return frames[3] if len(frames) == 4 else b""
+
+    def _answer(self, address: bytes, request: wire.Request, body: Body) -> wire.Reply:
+        if isinstance(request, wire.Attach):
+            return self._attach(address, request)
+        if isinstance(request, wire.Status):
+            return self._report()
+        if self._disk_full and not isinstance(request, wire.Heartbeat):
+            raise DiskFull(self._disk_full)
+        reply = self._shard.carry_out(request, body)
+        if isinstance(request, wire.Stop):
+            self._stopping = True
+        return reply
 
     def _serve_waiting(self) -> None:
-        still = []
         now = self._clock()
-        for waiting in self._waiting:
-            answer = self._try(waiting.request, now)
-            if answer is None and now < waiting.deadline and not self._stopping:
-                still.append(waiting)
-                continue
+        for (address, request_id), waiting in list(self._waiting.items()):
+            try:
+                answer = self._shard.attempt(waiting.request, waiting.body)
+            except (BadRequest, LeaseLost) as problem:
+                self._refuse(address, request_id, problem)
+            else:
+                if answer is None and now < waiting.deadline and not self._stopping:
+                    continue
+                reply, rows = answer or (_empty(waiting.request), None)
+                if isinstance(reply, wire.Batch) and rows is not None:
+                    self._hand_over(address, request_id, waiting.request, reply, rows)
+                else:
+                    self._reply(address, request_id, reply)
             self._waited_s[_WAITS[type(waiting.request)]] += now - waiting.since
-            reply, body = answer or (self._empty(waiting.request), None)
-            self._reply(waiting.address, waiting.request_id, reply, body)
-        self._waiting = still
+            del self._waiting[address, request_id]
+
+    def _refuse_late(self) -> None:
+        now = self._clock()
+        for late in [key for key, waiting in self._waiting.items() if waiting.deadline <= now]:
+            del self._waiting[late]
+            self._refuse(*late, DiskFull(self._disk_full))
 
     def _settle(self) -> None:
-        """Logs what changed, frees what is closed, answers."""
-        self._log.states(self._ledger.take_transitions())
-        closed = self._ledger.take_closed()
-        if closed:
-            self._columns.drop(closed, self._ledger.groups)
-        self._log.flush()
+        """Has the changes written, then answers. Where the disk is full the answers wait for the next round."""
+        try:
+            self._shard.commit()
+        except DiskFull as error:
+            if not self._disk_full:
+                logger.error("%s", error)
+                self._held, self._replies = self._replies, []
+            self._disk_full = str(error)
+        else:
+            if self._disk_full:
+                logger.warning("the log has room again")
+                self._disk_full = ""
+            self._replies = [*self._held, *self._replies]
+            self._held = []
         for frames in self._replies:
             self._socket.send_multipart(frames, copy=False)
         self._replies.clear()
 
+    # ---- replies -----------------------------------------------------------------------------------------------
+
     def _reply(
-        self, address: bytes, request_id: bytes, reply: wire.Reply, body: pa.Buffer | None = None
+        self, address: bytes, request_id: bytes, reply: wire.Reply, body: memoryview | None = None
     ) -> None:
-        frames: list[bytes | memoryview | pa.Buffer] = [address, request_id, wire.encode(reply)]
+        frames: list[bytes | memoryview] = [address, request_id, wire.encode(reply)]
         if body is not None:
-            frames.append(memoryview(body))
+            frames.append(body)
         self._replies.append(frames)
 
-    # ---- requests that wait ------------------------------------------------------------------------------------
+    def _refuse(self, address: bytes, request_id: bytes, problem: Exception) -> None:
+        kind = type(problem).__name__
+        if not isinstance(problem, LeaseLost | DiskFull | ArenaUnknown):
+            kind = BadRequest.__name__
+        self._reply(address, request_id, wire.Problem(kind=kind, message=str(problem)))
 
-    def _try(
-        self, request: wire.Capacity | wire.Lease | wire.ReadBatch, now: float
-    ) -> tuple[wire.Reply, pa.Buffer | None] | None:
-        if isinstance(request, wire.Capacity):
-            capacity = self._ledger.capacity
-            return (wire.Number(value=capacity), None) if capacity else None
-        if isinstance(request, wire.Lease):
-            rollouts = self._ledger.lease(request.engine_id, request.limit, now)
-            if not rollouts:
-                return None
-            return wire.Rows(rows=len(rollouts)), wire.pack_rows(self._columns.leases(rollouts))
-        selection = self._ledger.select()
-        if selection is None:
-            return None
-        rows = self._columns.batch(selection.rollout_ids, self._ledger, selection.version - self._bound)
-        return wire.Batch(selection=selection), wire.pack_rows(rows)
+    def _hand_over(
+        self, address: bytes, request_id: bytes, request: wire.Waits, reply: wire.Batch, rows: pa.RecordBatch
+    ) -> None:
+        message = memoryview(rows.serialize())
+        room = request.room if isinstance(request, wire.ReadBatch) else None
+        fits = self._place(address, room, message)
+        reply = msgspec.structs.replace(reply, nbytes=message.nbytes, in_room=fits)
+        self._reply(address, request_id, reply, None if fits else message)
 
-    def _empty(self, request: wire.Capacity | wire.Lease | wire.ReadBatch) -> wire.Reply:
-        return wire.Number(value=0) if isinstance(request, wire.Capacity) else wire.Rows(rows=0)
+    def _place(self, address: bytes, room: Region | None, message: memoryview) -> bool:
+        if room is None or room.nbytes < message.nbytes or address not in self._arenas:
+            return False
+        self._arena(address).view(room)[: message.nbytes] = message.cast("B")
+        return True
 
-    # ---- requests that are answered at once --------------------------------------------------------------------
+    # ---- arenas ------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, request: wire.Request, body: bytes) -> wire.Reply:
-        match request:
-            case wire.Admit():
-                return self._admit(wire.unpack_rows(body, PROMPTS))
-            case wire.Append():
-                return self._append(wire.unpack_rows(body, SEGMENTS))
-            case wire.Score(rollouts=scored):
-                return self._each([(s.rollout_id, partial(self._ledger.score, *_fields(s))) for s in scored])
-            case wire.Fail(rollout_id=rollout_id):
-                return self._each([(rollout_id, partial(self._fail, request))])
-            case wire.Release(leases=leases):
-                return self._each([(r, partial(self._ledger.release, r, lease)) for r, lease in leases])
-            case wire.Heartbeat(engine_id=engine_id):
-                self._ledger.heartbeat(engine_id, self._clock())
-                return wire.Number(value=0)
-            case wire.Commit(batch_id=batch_id, version=version):
-                return wire.Balance(counts=self._ledger.commit(batch_id, version))
-            case wire.Publish(version=version):
-                self._ledger.publish(version)
-                return wire.Number(value=version)
-            case wire.Status():
-                return self._report()
-            case wire.Stop():
-                self._stopping = True
-                return wire.Balance(counts=self._ledger.check())
-            case _:
-                raise BadRequest(f"no such request: {request}")
-
-    def _admit(self, rows: pa.RecordBatch) -> wire.Number:
-        groups = self._ledger.admit(rows.num_rows)
-        ids, tokens, payloads = (
-            rows["prompt_id"].to_pylist(),
-            slices(rows["tokens"]),
-            rows["payload"].to_pylist(),
-        )
-        for group, prompt_id, prompt_tokens, payload in zip(groups, ids, tokens, payloads, strict=True):
-            self._columns.put_prompt(
-                group.group_id, Prompt(prompt_id, prompt_tokens, payload), group.rollout_ids
-            )
-        self._log.prompts([g.group_id for g in groups], rows)
-        return wire.Number(value=len(groups))
-
-    def _append(self, rows: pa.RecordBatch) -> wire.Refused:
-        taken: list[int] = []
-        refused: list[int] = []
-        tokens, logprobs = slices(rows["tokens"]), slices(rows["logprobs"])
-        names = ("rollout_id", "lease_id", "start", "version", "finish_reason")
-        facts = zip(*(rows[name].to_pylist() for name in names), strict=True)
+    def _attach(self, address: bytes, request: wire.Attach) -> wire.Attached:
         now = self._clock()
+        for idle in [a for a, held in self._arenas.items() if now - held.used > _IDLE_ARENA_S]:
+            self._arenas.pop(idle).arena.close()
         try:
-            for i, (rollout_id, lease_id, start, version, finish_reason) in enumerate(facts):
-                if len(tokens[i]) != len(logprobs[i]):
-                    raise BadRequest(
-                        f"segment of rollout {rollout_id}: {len(tokens[i])} tokens, {len(logprobs[i])} logprobs"
-                    )
-                try:
-                    new = self._ledger.append(
-                        rollout_id, lease_id, start, len(tokens[i]), version, finish_reason, now
-                    )
-                except LeaseLost:
-                    refused.append(rollout_id)
-                    continue
-                if new:
-                    self._columns.append(rollout_id, version, tokens[i], logprobs[i])
-                    taken.append(i)
-        finally:
-            # Rows before a bad one were taken; the log must hold exactly what the ledger holds.
-            if taken:
-                self._log.segments(rows.take(pa.array(taken)) if len(taken) < rows.num_rows else rows)
-        return wire.Refused(rollout_ids=refused)
+            self._arenas[address] = Attachment(AttachedArena(request.location), now)
+        except ArenaRefused as reason:
+            return wire.Attached(refused=str(reason))
+        return wire.Attached(refused="")
 
-    def _fail(self, request: wire.Fail) -> None:
-        if self._ledger.fail(request.rollout_id, request.lease_id, request.reason):
-            self._columns.restart(request.rollout_id)
+    def _arena(self, address: bytes) -> AttachedArena:
+        held = self._arenas.get(address)
+        if held is None:
+            raise ArenaUnknown("no arena of this client is attached (any more): attach it, then ask again")
+        held.used = self._clock()
+        return held.arena
 
-    def _each(self, actions: list[tuple[int, Callable[[], object]]]) -> wire.Refused:
-        refused = []
-        for rollout_id, action in actions:
-            try:
-                action()
-            except LeaseLost:
-                refused.append(rollout_id)
-        return wire.Refused(rollout_ids=refused)
+    # ---- status ------------------------------------------------------------------------------------------------
 
     def _report(self) -> wire.Report:
         now = self._clock()
         waits = dict(self._waited_s)
-        for waiting in self._waiting:
+        for waiting in self._waiting.values():
             cause = _WAITS[type(waiting.request)]
             waits[cause] = waits.get(cause, 0.0) + now - waiting.since
-        ledger = self._ledger
+        ledger, blocks = self._shard.ledger, self._shard.store.blocks
+        book = ledger.book
         return wire.Report(
             version=ledger.version,
+            serving=book.serving,
             states=ledger.by_state(),
             counts=ledger.counts(),
-            held_groups=len(ledger.groups),
+            held_groups=len(book.groups),
             capacity_groups=ledger.capacity,
-            spanning_trained=ledger.spanning_trained,
-            most_versions=ledger.most_versions,
+            spanning_trained=book.spanning_trained,
+            most_versions=book.most_versions,
             waits_s=waits,
+            frontier=book.frontier,
+            quarantined=len(book.quarantined),
+            lengths=dict(book.lengths),
+            dropped_lengths=dict(book.dropped_lengths),
+            memory_bytes=self._memory_bytes,
+            bytes_in_memory=blocks.bytes_in_memory,
+            bytes_spilled=blocks.bytes_spilled,
+            disk_full=self._disk_full,
+            recovery=self._shard.store.recovery,
         )
 
 
-def _fields(scored: wire.Scored) -> tuple[int, int, float]:
-    if not np.isfinite(scored.reward):
-        raise BadRequest(f"reward of rollout {scored.rollout_id} is {scored.reward}: rewards must be finite")
-    return scored.rollout_id, scored.lease_id, scored.reward
+def _empty(request: wire.Waits) -> wire.Reply:
+    return wire.Leases(rollouts=[]) if isinstance(request, wire.Lease) else wire.Number(value=0)

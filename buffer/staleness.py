@@ -15,8 +15,7 @@ Called by the ledger only.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 
 def staleness(handover_version: int, token_version: int) -> int:
@@ -38,15 +37,29 @@ def deadline(oldest_token_version: int, max_staleness_versions: int) -> int:
     return oldest_token_version + max_staleness_versions
 
 
-def may_hand_over(version: int, deadlines_left: Iterable[int], prompts_per_step: int) -> bool:
-    """Whether the groups that stay behind (their deadlines) can all still be handed over in time."""
-    due = Counter(deadlines_left)
+def may_hand_over(version: int, due: Mapping[int, int], prompts_per_step: int) -> bool:
+    """Whether the groups that stay behind (deadline -> how many) can all still be handed over in time."""
     total = 0
     for d in sorted(due):
         total += due[d]
         if total > prompts_per_step * max(0, d - version):
             return False
     return True
+
+
+def drops_by_length_decile(lengths: Mapping[int, int], dropped: Mapping[int, int]) -> list[int]:
+    """Dropped rollouts per decile of the answer lengths of all closed ones: 10 counts, the shortest first.
+
+    `lengths` and `dropped` map answer tokens to rollouts; `dropped` is part of `lengths`. Rollouts of one length that
+    lie across a boundary all count in the decile where the middle one of them lies.
+    """
+    deciles = [0] * 10
+    total, below = sum(lengths.values()), 0
+    for length in sorted(lengths):
+        middle = below + lengths[length] / 2
+        deciles[min(9, int(10 * middle / total))] += dropped.get(length, 0)
+        below += lengths[length]
+    return deciles
 
 
 def ages(handover_version: int, completed_version: int, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -1,49 +1,87 @@
-"""What is said to the buffer and what it answers: msgspec structs in MessagePack, Arrow IPC bodies, never pickle.
+"""What is said to a shard of the buffer and what it answers: msgspec structs in MessagePack, never pickle.
 
-A request is the frames [request id, header, body?], a reply [request id, header, body?]. `body` is one Arrow record
-batch of the schema that the header's docstring names. Requests that can wait carry `timeout_s`: the service answers
-as soon as it can and at the latest then, with an empty result.
+A request is the frames [request id, header, body?], a reply [request id, header, body?]. A body is raw columns (their
+lengths are in the header), or one Arrow record batch where the header's docstring says so. It lies in the last frame or,
+between processes of one host, in the asker's arena: then the header names the region and the frame is left out.
+
+Requests that can wait carry `timeout_s`: the service answers as soon as it can and at the latest then, with an empty result.
+Every request may be sent again. What it asks for is named by position, lease, start, batch or step and is done once; what
+an answer gave away is named by `after`, and is given again when it did not arrive. This holds across a crash of the service.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 import pyarrow as pa
 
+from asyncrl.buffer.arena import ArenaLocation, Region
 from asyncrl.buffer.records import Counts, Selection
+from asyncrl.buffer.store import Recovery
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+_Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Int32 = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
     pass
 
 
+class Attach(_Request, frozen=True, kw_only=True, tag="attach"):
+    """Bodies may lie in the asker's arena from now on. -> Attached"""
+
+    location: ArenaLocation
+
+
 class Capacity(_Request, frozen=True, kw_only=True, tag="capacity"):
     """How many prompts may be admitted? Waits until at least one may. -> Number"""
 
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class Admit(_Request, frozen=True, kw_only=True, tag="admit"):
-    """Body: PROMPTS. -> Number (admitted)"""
+    """Body: the prompts' tokens, int32, one behind the other. Waits while a snapshot is made. -> Admitted"""
+
+    positions: list[_Id]
+    prompt_ids: list[str]
+    payloads: list[str]
+    """JSON: what the reward needs to know of the prompt, such as its answer."""
+    lengths: list[_Int32]
+    timeout_s: Seconds
 
 
 class Lease(_Request, frozen=True, kw_only=True, tag="lease"):
-    """Up to `limit` rollouts to work on; waits until there is one. -> Rows, body LEASES"""
+    """Up to `limit` rollouts to work on; waits until there is one. -> Leases"""
 
     engine_id: str
-    limit: int
-    timeout_s: float
+    limit: Annotated[int, msgspec.Meta(ge=1, le=65536)]
+    after: _Id
+    """The last lease that this engine got from this shard; 0 before the first."""
+    timeout_s: Seconds
 
 
 class Append(_Request, frozen=True, kw_only=True, tag="append"):
-    """Body: SEGMENTS. -> Refused (rollouts whose lease is lost: stop working on them)"""
+    """Segments, one entry of each list. Body: all their tokens (int32), then all their logprobs (float32). -> Refused"""
 
     engine_id: str
+    rollout_ids: list[_Id]
+    lease_ids: list[_Id]
+    starts: list[_Int32]
+    """Index of the segment's first token within the rollout's answer."""
+    versions: list[_Int32]
+    lengths: list[_Int32]
+    finish_reasons: list[str]
+    """"" while the rollout goes on, "stop" or "length" on its last segment, which may be empty."""
+    region: Region | None = None
+    body_hash: int = 0
+    """XXH3 (64 bits) of the body, where it lies in a region."""
 
 
-class Scored(msgspec.Struct, frozen=True):
-    rollout_id: int
-    lease_id: int
+class Scored(msgspec.Struct, frozen=True, array_like=True):
+    rollout_id: _Id
+    lease_id: _Id
     reward: float
 
 
@@ -56,15 +94,15 @@ class Score(_Request, frozen=True, kw_only=True, tag="score"):
 class Fail(_Request, frozen=True, kw_only=True, tag="fail"):
     """-> Refused"""
 
-    rollout_id: int
-    lease_id: int
+    rollout_id: _Id
+    lease_id: _Id
     reason: str
 
 
 class Release(_Request, frozen=True, kw_only=True, tag="release"):
     """The engine hands back what it held; prefixes stay. -> Refused"""
 
-    leases: list[tuple[int, int]]
+    leases: list[tuple[_Id, _Id]]
     """(rollout_id, lease_id)"""
 
 
@@ -74,23 +112,53 @@ class Heartbeat(_Request, frozen=True, kw_only=True, tag="heartbeat"):
     engine_id: str
 
 
-class ReadBatch(_Request, frozen=True, kw_only=True, tag="read_batch"):
-    """The next batch; waits until there is a valid one. -> Batch, body BATCH (or Rows(0) at the deadline)"""
+class EngineLost(_Request, frozen=True, kw_only=True, tag="engine_lost"):
+    """The engine is dead: what it held is queued again at once. -> Number (rollouts)"""
 
-    timeout_s: float
+    engine_id: str
+
+
+class ReadBatch(_Request, frozen=True, kw_only=True, tag="read_batch"):
+    """The next batch; waits until there is a valid one. -> Batch, body an Arrow batch of BATCH (or Number at the deadline)"""
+
+    after: _Id
+    """The last batch that the reader got from this shard; 0 before the first."""
+    timeout_s: Seconds
+    room: Region | None = None
+    """Where in the asker's arena the body may be put, if it fits."""
 
 
 class Commit(_Request, frozen=True, kw_only=True, tag="commit"):
     """The batch is trained and `version` is published. -> Balance"""
 
-    batch_id: int
-    version: int
+    batch_id: _Id
+    version: _Int32
 
 
 class Publish(_Request, frozen=True, kw_only=True, tag="publish"):
-    """The first version is published and confirmed by the engines. -> Number"""
+    """The present version is live on the engines, at the start or after a restore. -> Number"""
 
-    version: int
+    version: _Int32
+
+
+class Freeze(_Request, frozen=True, kw_only=True, tag="freeze"):
+    """Admit no prompt for so long, or until the next snapshot: all shards' snapshots show one frontier. -> Number (0)"""
+
+    seconds: Seconds
+
+
+class Snapshot(_Request, frozen=True, kw_only=True, tag="snapshot"):
+    """Ties the state to a learner checkpoint. -> Snapshotted"""
+
+    step: _Id
+    keep: list[_Id]
+    """Steps whose snapshots are kept beside it."""
+
+
+class Restore(_Request, frozen=True, kw_only=True, tag="restore"):
+    """Back to the state at `step`. Leases are void; nothing goes out until `Publish`. -> Snapshotted"""
+
+    step: _Id
 
 
 class Status(_Request, frozen=True, kw_only=True, tag="status"):
@@ -102,7 +170,8 @@ class Stop(_Request, frozen=True, kw_only=True, tag="stop"):
 
 
 Request = (
-    Capacity
+    Attach
+    | Capacity
     | Admit
     | Lease
     | Append
@@ -110,24 +179,55 @@ Request = (
     | Fail
     | Release
     | Heartbeat
+    | EngineLost
     | ReadBatch
     | Commit
     | Publish
+    | Freeze
+    | Snapshot
+    | Restore
     | Status
     | Stop
 )
+Waits = Capacity | Admit | Lease | ReadBatch
 
 
 class _Reply(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="reply"):
     pass
 
 
+class Attached(_Reply, frozen=True, kw_only=True, tag="attached"):
+    refused: str
+    """Why bodies must come in frames; empty when the arena is used."""
+
+
 class Number(_Reply, frozen=True, kw_only=True, tag="number"):
     value: int
 
 
-class Rows(_Reply, frozen=True, kw_only=True, tag="rows"):
-    rows: int
+class Admitted(_Reply, frozen=True, kw_only=True, tag="admitted"):
+    admitted: int
+    passed_over: int
+    """Quarantined, or admitted before."""
+
+
+class Leased(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine gets to work on."""
+
+    rollout_id: int
+    lease_id: int
+    group_id: int
+    prompt_tokens: bytes
+    """int32"""
+    tokens: bytes
+    """int32: what earlier leases sampled, the prefix to go on from."""
+    finish_reason: str
+    """Not "" when all tokens are there and only the score is missing."""
+    payload: str
+
+
+class Leases(_Reply, frozen=True, kw_only=True, tag="leases"):
+    rollouts: list[Leased]
 
 
 class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
@@ -137,14 +237,26 @@ class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
 
 class Batch(_Reply, frozen=True, kw_only=True, tag="batch"):
     selection: Selection
+    nbytes: int
+    """Of the body."""
+    in_room: bool
+    """It lies in the region that the request named, else in the last frame."""
 
 
 class Balance(_Reply, frozen=True, kw_only=True, tag="balance"):
     counts: Counts
 
 
+class Snapshotted(_Reply, frozen=True, kw_only=True, tag="snapshotted"):
+    step: int
+    version: int
+    frontier: int
+    """Prompts drawn from the source by then."""
+
+
 class Report(_Reply, frozen=True, kw_only=True, tag="report"):
     version: int
+    serving: bool
     states: dict[str, int]
     counts: Counts
     held_groups: int
@@ -153,29 +265,38 @@ class Report(_Reply, frozen=True, kw_only=True, tag="report"):
     most_versions: int
     waits_s: dict[str, float]
     """Seconds so far in which somebody waited, by cause."""
+    frontier: int
+    quarantined: int
+    """Prompts."""
+    lengths: dict[int, int]
+    """Answer tokens -> closed rollouts."""
+    dropped_lengths: dict[int, int]
+    memory_bytes: int
+    """Budget for the tokens of live rollouts."""
+    bytes_in_memory: int
+    bytes_spilled: int
+    disk_full: str
+    """What the log's disk said, while it has no room."""
+    recovery: Recovery | None
+    """What was found in the log at the start, where there was one."""
 
 
 class Problem(_Reply, frozen=True, kw_only=True, tag="problem"):
-    """The request was refused; nothing was changed."""
+    """The request was refused; nothing was changed but what the message names."""
 
     kind: str
     message: str
 
 
-Reply = Number | Rows | Refused | Batch | Balance | Report | Problem
+Reply = Attached | Number | Admitted | Leases | Refused | Batch | Balance | Snapshotted | Report | Problem
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
-def pack_rows(rows: pa.RecordBatch) -> pa.Buffer:
-    """A record batch without its schema, which both sides know."""
-    return rows.serialize()
-
-
 def unpack_rows(body: memoryview | bytes, layout: pa.Schema) -> pa.RecordBatch:
     """Raises pa.ArrowInvalid where the bytes are no batch of this schema. Zero-copy: `body` must stay alive."""
     rows = pa.ipc.read_record_batch(pa.py_buffer(body), layout)
-    rows.validate(full=True)
+    rows.validate()
     return rows

@@ -6,7 +6,9 @@ Invariants:
 - At most `concurrency` rollouts are generated at once; an answer that is being scored holds no slot, and at most
   `_SCORING_PER_SLOT` x concurrency answers wait for their score before leasing pauses.
 - After `flush_tokens` tokens, at a version change and at the end a segment goes out: a crash loses no more than that.
-Runs in the engine's process, on one event loop; started by `runtime.actors`.
+- A buffer that is started again is waited for by its client, which sends again what was not acknowledged: every call here
+  is one that may be repeated, so nothing is lost or doubled. Longer than that, and the buffer's error ends the run.
+Runs in the engine's process, on one event loop; started by `runtime.engine_part`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,13 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
-import pyarrow as pa
+import numpy as np
 
-from asyncrl.buffer import BufferClient
-from asyncrl.buffer.columns import slices
-from asyncrl.buffer.wire import Scored
+from asyncrl.buffer import BufferClient, Segment
+from asyncrl.buffer.wire import Leased, Scored
 from asyncrl.generators.config import SamplingConfig
 from asyncrl.generators.engine import Chunk, Engine, GenerationRequest
-from asyncrl.generators.outbox import Outbox, Segment
+from asyncrl.generators.outbox import Outbox
 from asyncrl.generators.reward_pool import RewardFailed, Score
 
 logger = logging.getLogger(__name__)
@@ -36,35 +36,6 @@ _SCORING_PER_SLOT = 8
 
 class Scorer(Protocol):
     async def score(self, answer_text: str, payload: str) -> Score: ...
-
-
-class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of `schema.LEASES`."""
-
-    rollout_id: int
-    lease_id: int
-    prompt_tokens: list[int]
-    tokens: list[int]
-    finish_reason: str
-    payload: str
-
-
-def read_leases(rows: pa.RecordBatch) -> list[Lease]:
-    columns = [rows[c].to_pylist() for c in ("rollout_id", "lease_id", "finish_reason", "payload")]
-    prompts, prefixes = slices(rows["prompt_tokens"]), slices(rows["tokens"])
-    return [
-        Lease(
-            rollout_id=rollout_id,
-            lease_id=lease_id,
-            prompt_tokens=prompt.tolist(),
-            tokens=prefix.tolist(),
-            finish_reason=finish_reason,
-            payload=payload,
-        )
-        for rollout_id, lease_id, finish_reason, payload, prompt, prefix in zip(
-            *columns, prompts, prefixes, strict=True
-        )
-    ]
 
 
 class Dispatcher:
@@ -130,8 +101,7 @@ class Dispatcher:
                 self._room.clear()
                 await self._room.wait()
                 continue
-            rows = await self._buffer.lease(self._engine_id, self._free(), _LEASE_WAIT_S)
-            for lease in read_leases(rows):
+            for lease in await self._buffer.lease(self._engine_id, self._free(), _LEASE_WAIT_S):
                 self._generating.add(_request_id(lease))
                 rollouts.create_task(self._carry_out(lease), name=f"rollout-{lease.rollout_id}")
 
@@ -143,7 +113,7 @@ class Dispatcher:
 
     # ---- one rollout -------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, lease: Lease) -> None:
+    async def _carry_out(self, lease: Leased) -> None:
         try:
             answer = await self._generate(lease)
         finally:
@@ -158,10 +128,10 @@ class Dispatcher:
             self._scoring -= 1
             self._room.set()
 
-    async def _generate(self, lease: Lease) -> list[int] | None:
+    async def _generate(self, lease: Leased) -> list[int] | None:
         """The whole answer once the buffer has all of it; None when the lease ended otherwise."""
         stream = RolloutStream(lease, self._outbox, self._sampling.flush_tokens)
-        left = self._sampling.max_new_tokens - len(lease.tokens)
+        left = self._sampling.max_new_tokens - len(stream.answer)
         if lease.finish_reason or left <= 0:
             return stream.answer if await stream.finish(lease.finish_reason or "length") else None
         if self._stopping:
@@ -169,7 +139,7 @@ class Dispatcher:
             return None
         request = GenerationRequest(
             request_id=_request_id(lease),
-            tokens=lease.prompt_tokens + lease.tokens,
+            tokens=[*_tokens(lease.prompt_tokens), *stream.answer],
             max_new_tokens=left,
             temperature=self._sampling.temperature,
             stop_token_ids=self._stop_token_ids,
@@ -189,7 +159,7 @@ class Dispatcher:
             f"engine {self._engine_id}: stream of {request.request_id} ended without a finish reason"
         )
 
-    async def _score(self, lease: Lease, answer: list[int]) -> None:
+    async def _score(self, lease: Leased, answer: list[int]) -> None:
         text = self._decode([t for t in answer if t not in self._stop_token_ids])
         try:
             score = await self._scorer.score(text, lease.payload)
@@ -203,12 +173,12 @@ class Dispatcher:
 class RolloutStream:
     """Cuts one rollout's chunks into segments and sees each acknowledged before the next is sent."""
 
-    def __init__(self, lease: Lease, outbox: Outbox, flush_tokens: int) -> None:
+    def __init__(self, lease: Leased, outbox: Outbox, flush_tokens: int) -> None:
         self._lease = lease
         self._outbox = outbox
         self._flush_tokens = flush_tokens
-        self.answer = list(lease.tokens)
-        self._sent = len(lease.tokens)
+        self.answer = _tokens(lease.tokens)
+        self._sent = len(self.answer)
         self._logprobs: list[float] = []
         self._version = 0
         self._taken: asyncio.Future[bool] | None = None
@@ -254,5 +224,10 @@ class RolloutStream:
         return True
 
 
-def _request_id(lease: Lease) -> str:
+def _tokens(int32: bytes) -> list[int]:
+    found: list[int] = np.frombuffer(int32, np.int32).tolist()
+    return found
+
+
+def _request_id(lease: Leased) -> str:
     return f"{lease.rollout_id}.{lease.lease_id}"

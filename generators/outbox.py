@@ -9,41 +9,7 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
-import numpy as np
-import pyarrow as pa
-
-from asyncrl.buffer import BufferClient
-from asyncrl.buffer.columns import list_array
-from asyncrl.buffer.schema import LOGPROBS, SEGMENTS, TOKENS
-
-
-class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """A run of tokens of one rollout at one version."""
-
-    rollout_id: int
-    lease_id: int
-    start: int
-    version: int
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str = ""
-
-
-def rows(segments: list[Segment]) -> pa.RecordBatch:
-    """`schema.SEGMENTS` rows."""
-    return pa.record_batch(
-        [
-            pa.array([s.rollout_id for s in segments], pa.int64()),
-            pa.array([s.lease_id for s in segments], pa.int64()),
-            pa.array([s.start for s in segments], pa.int32()),
-            pa.array([s.version for s in segments], pa.int32()),
-            list_array([np.asarray(s.tokens, np.int32) for s in segments], TOKENS),
-            list_array([np.asarray(s.logprobs, np.float32) for s in segments], LOGPROBS),
-            pa.array([s.finish_reason for s in segments], pa.string()),
-        ],
-        schema=SEGMENTS,
-    )
+from asyncrl.buffer import BufferClient, Segment
 
 
 class Outbox:
@@ -63,7 +29,7 @@ class Outbox:
 
     async def run(self) -> None:
         """Waits for segments from the rollouts, sends all there are, and again; ends when cancelled, or with
-        BufferUnreachable."""
+        BufferUnreachable. While the buffer is started again, segments gather here, one of each rollout at most."""
         while True:
             await self._filled.wait()
             self._filled.clear()
@@ -73,7 +39,7 @@ class Outbox:
 
     async def _send(self, sending: list[tuple[Segment, asyncio.Future[bool]]]) -> None:
         try:
-            refused = set(await self._buffer.append(self._engine_id, rows([s for s, _ in sending])))
+            refused = set(await self._buffer.append(self._engine_id, [s for s, _ in sending]))
         except BaseException:
             # The run of this engine ends with this error; nobody shall wait for an answer that will not come.
             for _, taken in sending:

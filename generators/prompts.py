@@ -21,7 +21,7 @@ from asyncrl.generators.tokens import PromptEncoder, TokenizerError
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt, as the buffer's PROMPTS schema has it."""
+    """One prompt, as a source has it; `buffer.PromptRow` is one that has its position in the walk."""
 
     prompt_id: str
     """Stable: the source's name and the row's index."""
@@ -95,13 +95,19 @@ class Frontier:
 
     def __init__(self, source: PromptSource, seed: int, cursor: int = 0) -> None:
         """`cursor`: how many prompts were taken since the walk began."""
-        if cursor < 0:
-            raise ValueError(f"cursor of {source.name} must be >= 0, got {cursor}")
-        self._source, self._seed, self._cursor = source, seed, cursor
+        self._source, self._seed, self._cursor = source, seed, 0
+        self.go_to(cursor)
 
     @property
     def cursor(self) -> int:
+        """Position of the prompt that is taken next."""
         return self._cursor
+
+    def go_to(self, cursor: int) -> None:
+        """The walk goes on at that position, as if it had been walked so far."""
+        if cursor < 0:
+            raise ValueError(f"cursor of {self._source.name} must be >= 0, got {cursor}")
+        self._cursor = cursor
 
     def take(self, n: int) -> list[Prompt]:
         """The next `n` prompts; a finite source begins a new epoch when the last is over."""

@@ -56,7 +56,31 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw report.png of a run folder and print its summary")
     report.add_argument("folder", type=Path, help="such as runs/quickstart")
     report.set_defaults(run=_report)
+    _add_inspect(commands.add_parser("inspect", help="show a run's rollouts, also while it goes on"))
     return parser
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.description = "Without an option: what became of the rollouts, and the newest of them."
+    command.add_argument("name", metavar="RUN", help="a run's folder, or its name under runs/")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument(
+        "--sql", metavar="QUERY", help="DuckDB over the tables rollouts, states, segments and prompts"
+    )
+    what.add_argument("--rollout", type=int, metavar="ID", help="one rollout's life, its tokens by version")
+    what.add_argument("--group", type=int, metavar="ID", help="the rollouts of one prompt")
+    command.add_argument("--limit", type=_positive, metavar="N", help="rows or rollouts to show at most")
+    command.add_argument(
+        "--json", action="store_true", dest="as_json", help="one JSON object; of a query one for each row"
+    )
+    command.set_defaults(run=_inspect)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {number}")
+    return number
 
 
 def _recipe_path(text: str) -> Path:
@@ -165,6 +189,18 @@ def _report(chosen: argparse.Namespace) -> int:
         show_summary(summary, console)
     console.print(f"wrote {folder.report}", highlight=False)
     return 0
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    from asyncrl.runtime.inspect import Request, inspect_run
+
+    asked = {name: getattr(chosen, name) for name in ("sql", "rollout", "group", "limit", "as_json")}
+    # A pipe has no width of its own, and tables cut to 80 columns say little.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    try:
+        return inspect_run(Request(run=chosen.name, **asked), Console(width=width), Console(stderr=True))
+    except KeyboardInterrupt:
+        return 130
 
 
 def _say(text: str, code: int) -> int:

@@ -1,5 +1,10 @@
 """Walks the prompt frontier into the buffer, as fast as the staleness bound allows and no faster.
 
+Invariants:
+- A prompt's position is its place in the walk, and positions only rise. The next shard's prompts are drawn when the one
+  before has acknowledged its own, so whatever lies before the buffer's frontier was admitted or passed over: a run that
+  goes on begins there and asks for nothing twice.
+- A prompt that is too long, or that the buffer refuses (quarantined), is passed over, and another takes its place.
 Called by the supervisor, on its event loop.
 """
 
@@ -7,13 +12,8 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
-import pyarrow as pa
-
-from asyncrl.buffer import BufferClient
-from asyncrl.buffer.columns import list_array
-from asyncrl.buffer.schema import PROMPTS, TOKENS
-from asyncrl.generators.prompts import Frontier, Prompt
+from asyncrl.buffer import BufferClient, PromptRow
+from asyncrl.generators.prompts import Frontier
 
 logger = logging.getLogger(__name__)
 
@@ -21,31 +21,27 @@ _WAIT_S = 5.0
 _MOST_PASSED_OVER = 1000
 
 
-def prompt_rows(prompts: list[Prompt]) -> pa.RecordBatch:
-    """`schema.PROMPTS` rows."""
-    return pa.record_batch(
-        [
-            pa.array([p.prompt_id for p in prompts], pa.string()),
-            list_array([np.asarray(p.tokens, np.int32) for p in prompts], TOKENS),
-            pa.array([p.payload for p in prompts], pa.string()),
-        ],
-        schema=PROMPTS,
-    )
-
-
 class NoPromptFits(RuntimeError):
-    """Prompt after prompt leaves no room for an answer."""
+    """Prompt after prompt cannot be used."""
 
 
-def take_fitting(frontier: Frontier, count: int, longest_tokens: int) -> list[Prompt]:
+def take_fitting(frontier: Frontier, count: int, longest_tokens: int) -> list[PromptRow]:
     """The next `count` prompts of at most `longest_tokens`; longer ones are passed over, and logged."""
-    taken: list[Prompt] = []
+    taken: list[PromptRow] = []
     passed_over = 0
     # Ends with enough prompts, or when far more than could be chance do not fit.
     while len(taken) < count:
-        for prompt in frontier.take(count - len(taken)):
+        first = frontier.cursor
+        for position, prompt in enumerate(frontier.take(count - len(taken)), first):
             if len(prompt.tokens) <= longest_tokens:
-                taken.append(prompt)
+                taken.append(
+                    PromptRow(
+                        prompt_id=prompt.prompt_id,
+                        tokens=prompt.tokens,
+                        payload=prompt.payload,
+                        position=position,
+                    )
+                )
                 continue
             passed_over += 1
             logger.warning(
@@ -63,8 +59,21 @@ def take_fitting(frontier: Frontier, count: int, longest_tokens: int) -> list[Pr
 
 
 async def feed(buffer: BufferClient, frontier: Frontier, longest_tokens: int) -> None:
-    """Waits for the buffer to have room, admits as many prompts, and again; ends when cancelled."""
+    """Waits for a shard to have room, admits as many prompts, and again, from the buffer's frontier on.
+
+    Ends when cancelled, or with NoPromptFits or one of the buffer's errors.
+    """
+    frontier.go_to((await buffer.status()).frontier)
+    refused = 0
     while True:
-        room = await buffer.capacity(_WAIT_S)
-        if room:
-            await buffer.admit(prompt_rows(take_fitting(frontier, room, longest_tokens)))
+        for shard, room in enumerate(await buffer.capacity(_WAIT_S)):
+            if not room:
+                continue
+            prompts = take_fitting(frontier, room, longest_tokens)
+            done = await buffer.admit(shard, prompts)
+            refused = 0 if done.admitted else refused + done.passed_over
+            if refused > _MOST_PASSED_OVER:
+                raise NoPromptFits(
+                    f"{refused} prompts in a row, the last {prompts[-1].prompt_id}, are quarantined: each failed "
+                    "buffer.max_attempts times before (asyncrl inspect shows why); repair the reward or the prompts"
+                )

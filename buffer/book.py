@@ -1,0 +1,287 @@
+"""Every rollout's record, and the only hands that change it. Pure.
+
+The ledger decides and calls; a recovery calls the same methods from the rows of the log (`replay`). So what is rebuilt
+after a crash is what was there before it. Each change leaves its row in `rows` (for the log), closed rollouts and groups
+are listed for whoever holds their tokens. Heaps are lazy: an entry that no longer holds is passed over when it comes up.
+Called by `ledger` and `recovery`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+
+from asyncrl.buffer.records import (
+    PUBLISHED,
+    EngineRecord,
+    Group,
+    LedgerSettings,
+    Rollout,
+    Transition,
+)
+from asyncrl.buffer.schema import State
+
+_FRESH = 1 << 60
+"""Queue key of groups without a token: nothing of theirs can grow stale, so they come after all others."""
+_STATES = [state.name for state in State]
+_QUEUED, _LEASED, _COMPLETE, _SCORED, _BATCHED = (
+    State.QUEUED,
+    State.LEASED,
+    State.COMPLETE,
+    State.SCORED,
+    State.BATCHED,
+)
+
+
+class Book:
+    """Records by id, and the orders in which they are wanted."""
+
+    def __init__(self, settings: LedgerSettings) -> None:
+        self.settings = settings
+        self.version = -1
+        self.serving = False
+        """The present version is live on the engines: prompts and leases may go out."""
+        self.frontier = 0
+        """Prompts that were drawn from the source so far, those passed over included."""
+        self.rollouts: dict[int, Rollout] = {}
+        self.groups: dict[int, Group] = {}
+        self.batches: dict[int, list[Group]] = {}
+        """Handed over and not committed."""
+        self.engines: dict[str, EngineRecord] = {}
+        self.quarantined: dict[str, str] = {}
+        """prompt_id -> why."""
+        self.next_group = self.next_rollout = self.next_lease = self.next_batch = 1
+        self.admitted = self.trained = 0
+        self.dropped: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.lengths: Counter[int] = Counter()
+        """Answer tokens -> closed rollouts; `dropped_lengths` of them were dropped."""
+        self.dropped_lengths: Counter[int] = Counter()
+        self.spanning_trained = self.most_versions = 0
+        self.by_state = [0] * len(State)
+        self.queue: list[tuple[int, int, int]] = []
+        """Heap of (oldest version of its group, group_id, rollout_id)."""
+        self.expiry: list[tuple[float, int, int]] = []
+        """Heap of (earliest time at which it can be late, rollout_id, lease_id)."""
+        self.ready: list[tuple[int, int]] = []
+        """Heap of complete groups: (oldest version, group_id)."""
+        self.ages: Counter[int] = Counter()
+        """Oldest version -> groups that have tokens and were not handed over."""
+        self.rows: list[Transition] = []
+        self.closed: list[int] = []
+        self.closed_groups: list[int] = []
+
+    # ---- changes -----------------------------------------------------------------------------------------------
+
+    def admit(self, group_id: int, rollout_ids: Sequence[int], prompt_id: str, position: int) -> Group:
+        group = self.groups[group_id] = Group(group_id, prompt_id, position)
+        for rollout_id in rollout_ids:
+            rollout = group.rollouts[rollout_id] = self.rollouts[rollout_id] = Rollout(rollout_id, group)
+            heapq.heappush(self.queue, (_FRESH, group_id, rollout_id))
+            self.note(rollout)
+        shards = self.settings.shards
+        self.next_group = max(self.next_group, group_id // shards + 1)
+        self.next_rollout = max(self.next_rollout, rollout_ids[-1] // shards + 1)
+        self.frontier = max(self.frontier, position + 1)
+        self.by_state[_QUEUED] += len(rollout_ids)
+        self.admitted += len(rollout_ids)
+        return group
+
+    def lease(self, rollout: Rollout, engine_id: str, lease_id: int, now: float) -> None:
+        self._move(rollout, _LEASED)
+        rollout.lease_id, rollout.engine_id, rollout.touched = lease_id, engine_id, now
+        heapq.heappush(
+            self.expiry, (now + self.settings.lease_timeout_s, rollout.rollout_id, rollout.lease_id)
+        )
+        engine = self.engines.get(engine_id)
+        if engine is None:
+            engine = self.engines[engine_id] = EngineRecord(now)
+        engine.seen, engine.last_lease_id = now, max(engine.last_lease_id, lease_id)
+        self.next_lease = max(self.next_lease, lease_id + 1)
+        self.note(rollout)
+
+    def requeue(self, rollout: Rollout, reason: str, attempts: int) -> None:
+        """Takes the lease away. With one more attempt than before its tokens are forgotten too."""
+        if attempts > rollout.attempts:
+            rollout.attempts = attempts
+            rollout.length, rollout.spans, rollout.finish_reason = 0, [], ""
+            self.find_age(rollout.group)
+        self._move(rollout, _QUEUED)
+        rollout.lease_id, rollout.engine_id = 0, ""
+        self.enqueue(rollout)
+        self.note(rollout, reason)
+
+    def extend(self, rollout: Rollout, version: int, tokens: int) -> None:
+        rollout.length += tokens
+        spans = rollout.spans
+        if spans and spans[-1][0] == version:
+            spans[-1] = (version, spans[-1][1] + tokens)
+        else:
+            spans.append((version, tokens))
+        group = rollout.group
+        oldest = group.oldest_version
+        if oldest is None or version < oldest or version > group.newest_version:
+            self.find_age(group)
+
+    def complete(self, rollout: Rollout, finish_reason: str) -> None:
+        self._move(rollout, _COMPLETE)
+        rollout.finish_reason = finish_reason
+        rollout.completed_version = max(self.version, rollout.spans[-1][0])
+        self.note(rollout, finish_reason)
+
+    def score(self, rollout: Rollout, reward: float) -> bool:
+        """True when its group is complete by it."""
+        self._move(rollout, _SCORED)
+        rollout.reward = reward
+        rollout.scored_lease_id = rollout.lease_id
+        self.note(rollout, reward=reward)
+        rollout.lease_id = 0
+        group = rollout.group
+        group.scored += 1
+        if group.scored != self.settings.rollouts_per_prompt:
+            return False
+        assert group.oldest_version is not None
+        heapq.heappush(self.ready, (group.oldest_version, group.group_id))
+        return True
+
+    def batch(self, groups: list[Group], batch_id: int) -> None:
+        self.batches[batch_id] = groups
+        self.next_batch = max(self.next_batch, batch_id + 1)
+        for group in groups:
+            self.mark_batched(group, batch_id)
+            for rollout in group.rollouts.values():
+                self._move(rollout, _BATCHED)
+                self.note(rollout)
+
+    def mark_batched(self, group: Group, batch_id: int) -> None:
+        group.batch_id = batch_id
+        if group.oldest_version is not None:
+            self._count_age(group.oldest_version, -1)
+
+    def close(self, rollout: Rollout, state: State, reason: str) -> None:
+        """The end of a rollout; with its last rollout a group ends, with its last group a batch."""
+        group = rollout.group
+        self.by_state[rollout.state] -= 1
+        if rollout.state is _SCORED:
+            group.scored -= 1
+        rollout.state = state
+        self.lengths[rollout.length] += 1
+        if state is State.TRAINED:
+            self.trained += 1
+            versions = len(rollout.spans)
+            if versions > 1:
+                versions = len({v for v, _ in rollout.spans})
+                self.spanning_trained += versions > 1
+            self.most_versions = max(self.most_versions, versions)
+        elif state is State.DROPPED:
+            self.dropped[reason] += 1
+            self.dropped_lengths[rollout.length] += 1
+        else:
+            self.failed[reason] += 1
+        self.note(rollout, reason)
+        del self.rollouts[rollout.rollout_id], group.rollouts[rollout.rollout_id]
+        rollout.lease_id = 0
+        self.closed.append(rollout.rollout_id)
+        if state is State.FAILED and len(group.rollouts) < self.settings.rollouts_per_prompt:
+            self.quarantined.setdefault(group.prompt_id, reason)
+        if group.rollouts:
+            return
+        self._close_group(group)
+
+    def publish(self, version: int) -> None:
+        self.version, self.serving = version, True
+        self.rows.append(Transition(0, 0, PUBLISHED, version, 0, 0, 0, "", "", 0.0))
+
+    # ---- what follows from a change ----------------------------------------------------------------------------
+
+    def _move(self, rollout: Rollout, state: State) -> None:
+        self.by_state[rollout.state] -= 1
+        self.by_state[state] += 1
+        rollout.state = state
+
+    def enqueue(self, rollout: Rollout) -> None:
+        group = rollout.group
+        key = _FRESH if group.oldest_version is None else group.oldest_version
+        heapq.heappush(self.queue, (key, group.group_id, rollout.rollout_id))
+
+    def find_age(self, group: Group) -> None:
+        """Finds the group's oldest and newest version anew, and the place in the queue that follows from it."""
+        before = group.oldest_version
+        versions = [v for r in group.rollouts.values() for v, _ in r.spans]
+        group.oldest_version = min(versions, default=None)
+        group.newest_version = max(versions, default=-1)
+        if group.oldest_version == before:
+            return
+        if not group.batch_id:
+            if before is not None:
+                self._count_age(before, -1)
+            if group.oldest_version is not None:
+                self._count_age(group.oldest_version, 1)
+        for rollout in group.rollouts.values():
+            if rollout.state is _QUEUED:
+                self.enqueue(rollout)
+
+    def _count_age(self, version: int, change: int) -> None:
+        self.ages[version] += change
+        if not self.ages[version]:
+            del self.ages[version]
+
+    def _close_group(self, group: Group) -> None:
+        del self.groups[group.group_id]
+        self.closed_groups.append(group.group_id)
+        if not group.batch_id:
+            if group.oldest_version is not None:
+                self._count_age(group.oldest_version, -1)
+            return
+        if not any(g.rollouts for g in self.batches.get(group.batch_id, ())):
+            self.batches.pop(group.batch_id, None)
+
+    def note(self, rollout: Rollout, reason: str = "", reward: float = 0.0) -> None:
+        group = rollout.group
+        self.rows.append(
+            Transition(
+                rollout.rollout_id,
+                group.group_id,
+                _STATES[rollout.state],
+                self.version,
+                rollout.lease_id,
+                rollout.attempts,
+                group.batch_id,
+                rollout.engine_id,
+                reason,
+                reward,
+            )
+        )
+
+    # ---- from the log ------------------------------------------------------------------------------------------
+
+    def replay(self, row: Transition, now: float) -> None:
+        """Makes the change that `row` tells of. The rows that it leaves are the caller's to throw away."""
+        self.version = max(self.version, row.version)
+        if row.state == PUBLISHED:
+            self.publish(row.version)
+            return
+        rollout, state = self.rollouts[row.rollout_id], State[row.state]
+        match state:
+            case State.QUEUED:
+                if rollout.state is not _QUEUED:  # else it tells of the admission
+                    self.requeue(rollout, row.reason, row.attempts)
+            case State.LEASED:
+                self.lease(rollout, row.engine_id, row.lease_id, now)
+            case State.COMPLETE:
+                self.complete(rollout, row.reason)
+            case State.SCORED:
+                self.score(rollout, row.reward)
+            case State.BATCHED:
+                self._replay_batched(rollout, row.batch_id)
+            case _:
+                self.close(rollout, state, row.reason)
+
+    def _replay_batched(self, rollout: Rollout, batch_id: int) -> None:
+        group = rollout.group
+        if not group.batch_id:
+            self.batches.setdefault(batch_id, []).append(group)
+            self.next_batch = max(self.next_batch, batch_id + 1)
+            self.mark_batched(group, batch_id)
+        self._move(rollout, _BATCHED)

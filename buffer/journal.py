@@ -1,0 +1,61 @@
+"""The journal of a log: one record of fixed size for each commit, which says how far each stream reaches and what its new
+bytes hash to.
+
+A commit counts when its record is whole, its number is the next, and the bytes that it names are there and hash to what
+it says; everything behind the last such record is a torn tail. Hashes are XXH3 (64 bits): they find torn and rotten
+bytes, not forged ones. Pure but for reading. Called by `log` and `recovery`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import xxhash
+
+STREAMS = ("prompts", "segments", "states")
+_LAYOUT = struct.Struct("<8sQ3Q3Qd")
+_CHECK = struct.Struct("<Q")
+RECORD_BYTES = _LAYOUT.size + _CHECK.size
+_MAGIC = b"asyncrl1"
+
+
+class Record(NamedTuple):
+    """The state of the log after one commit."""
+
+    number: int
+    ends: tuple[int, ...]
+    """Bytes of each stream, in the order of `STREAMS`."""
+    hashes: tuple[int, ...]
+    """Of the bytes that each stream grew by."""
+    unix_s: float
+
+    def encode(self) -> bytes:
+        body = _LAYOUT.pack(_MAGIC, self.number, *self.ends, *self.hashes, self.unix_s)
+        return body + _CHECK.pack(xxhash.xxh3_64_intdigest(body))
+
+
+def decode(data: bytes | memoryview) -> Record | None:
+    """None where the bytes are no whole record."""
+    if len(data) != RECORD_BYTES:
+        return None
+    magic, number, a, b, c, x, y, z, unix_s = _LAYOUT.unpack_from(data)
+    (check,) = _CHECK.unpack_from(data, _LAYOUT.size)
+    if magic != _MAGIC or check != xxhash.xxh3_64_intdigest(data[: _LAYOUT.size]):
+        return None
+    return Record(number, (a, b, c), (x, y, z), unix_s)
+
+
+def committed(journal: bytes | memoryview, streams: Sequence[memoryview]) -> Iterator[Record]:
+    """The records that count, in order; ends at the first that does not."""
+    before = Record(-1, (0,) * len(STREAMS), (), 0.0)
+    for at in range(0, len(journal), RECORD_BYTES):
+        record = decode(journal[at : at + RECORD_BYTES])
+        if record is None or record.number != before.number + 1:
+            return
+        for stream, start, end, digest in zip(streams, before.ends, record.ends, record.hashes, strict=True):
+            if not start <= end <= len(stream) or xxhash.xxh3_64_intdigest(stream[start:end]) != digest:
+                return
+        yield record
+        before = record

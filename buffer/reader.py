@@ -1,0 +1,147 @@
+"""The learner's side of the buffer: batches, commits, snapshots. Blocking, for one thread; one reader for a run.
+
+A batch is read in parts, one of each shard, and committed to each; a part that came is kept while the others are waited for.
+What a reader got is named in its next request, so that a batch whose answer was lost comes again, and no other twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from asyncrl.buffer import wire
+from asyncrl.buffer.arena import Arena, Region
+from asyncrl.buffer.connection import Answer, BlockingConnection, BufferAddress
+from asyncrl.buffer.records import Counts, Selection, merge
+from asyncrl.buffer.reports import add_counts, add_reports
+from asyncrl.buffer.schema import BATCH
+
+logger = logging.getLogger(__name__)
+
+_ARENA_BYTES = 2**30
+"""Of address space: pages are used as batches need them."""
+_FREEZE_S = 30.0
+_SNAPSHOT_S = 120.0
+
+
+class BlockingBufferClient:
+    """Raises BufferUnreachable, DiskFull, LeaseLost or BadRequest."""
+
+    def __init__(self, address: BufferAddress) -> None:
+        self._shards = [BlockingConnection(endpoint, address.keys) for endpoint in address.endpoints]
+        self._parts: dict[int, tuple[Selection, pa.RecordBatch]] = {}
+        self._last_batch = [0] * len(self._shards)
+        self._arena: Arena | None = None
+        self._room: Region | None = None
+        self._attached: set[int] = set()
+
+    def close(self) -> None:
+        for connection in self._shards:
+            connection.close()
+        if self._arena is not None:
+            self._arena.close()
+
+    def ask(self, shard: int, request: wire.Request, timeout_s: float = 0.0) -> Any:
+        return self._shards[shard].ask(request, timeout_s=timeout_s).reply
+
+    def _ask_all(self, request: wire.Request, timeout_s: float = 0.0) -> list[Any]:
+        return [self.ask(shard, request, timeout_s) for shard in range(len(self._shards))]
+
+    # ---- batches -----------------------------------------------------------------------------------------------
+
+    def read_batch(self, timeout_s: float) -> tuple[Selection, pa.RecordBatch] | None:
+        """The next batch (`schema.BATCH` rows), or None when it was not whole within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        for shard in range(len(self._shards)):
+            if shard in self._parts:
+                continue
+            part = self._read_part(shard, max(0.0, deadline - time.monotonic()))
+            if part is None:
+                return None
+            self._parts[shard] = part
+            self._last_batch[shard] = part[0].batch_ids[0]
+        parts = [self._parts[shard] for shard in range(len(self._shards))]
+        self._parts.clear()
+        if len(parts) == 1:
+            return parts[0]
+        rows = pa.Table.from_batches([rows for _, rows in parts]).combine_chunks().to_batches()[0]
+        return merge([selection for selection, _ in parts]), rows
+
+    def _read_part(self, shard: int, timeout_s: float) -> tuple[Selection, pa.RecordBatch] | None:
+        room = self._room_at(shard)
+        request = wire.ReadBatch(after=self._last_batch[shard], timeout_s=timeout_s, room=room)
+        answer = self._shards[shard].ask(request, timeout_s=timeout_s)
+        if not isinstance(answer.reply, wire.Batch):
+            return None
+        return answer.reply.selection, wire.unpack_rows(self._body(shard, answer, room), BATCH)
+
+    def _body(self, shard: int, answer: Answer, room: Region | None) -> memoryview | bytes:
+        if answer.reply.in_room and self._arena is not None and room is not None:
+            # A copy, so that a batch may be kept for as long as one likes.
+            return bytes(self._arena.view(room)[: answer.reply.nbytes])
+        assert answer.body is not None
+        self._attached.discard(shard)  # the service may be a new one, which has to be shown the arena
+        return answer.body
+
+    def _room_at(self, shard: int) -> Region | None:
+        """The whole arena, once the shard has mapped it; None where it cannot. One request is under way at a time."""
+        if self._arena is None:
+            self._arena = Arena(_ARENA_BYTES)
+            self._room = self._arena.allocate(self._arena.capacity_bytes)
+        if shard not in self._attached:
+            reply = self.ask(shard, wire.Attach(location=self._arena.location))
+            if reply.refused:
+                logger.info("shard %d: batches come through the socket: %s", shard, reply.refused)
+                return None
+            self._attached.add(shard)
+        return self._room
+
+    def commit(self, batch_ids: tuple[int, ...], version: int) -> Counts:
+        """The batch is trained and `version` is published, on every shard."""
+        replies = [
+            self.ask(shard, wire.Commit(batch_id=batch_id, version=version))
+            for shard, batch_id in enumerate(batch_ids)
+        ]
+        return add_counts([reply.counts for reply in replies])
+
+    # ---- the run -----------------------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> None:
+        """`version`, the present one, is live on the engines: at the start of a run, or after `restore`."""
+        self._ask_all(wire.Publish(version=version))
+
+    def snapshot(self, step: int, keep: tuple[int, ...] = ()) -> wire.Snapshotted:
+        """Ties the buffer's state to a learner checkpoint of `step`; of the others those in `keep` stay.
+
+        No prompt is admitted between the first shard's snapshot and the last one's: they show one frontier.
+        """
+        if len(self._shards) > 1:
+            self._ask_all(wire.Freeze(seconds=_FREEZE_S))
+        replies = self._ask_all(wire.Snapshot(step=step, keep=list(keep)), _SNAPSHOT_S)
+        return _one(replies)
+
+    def restore(self, step: int) -> wire.Snapshotted:
+        """Back to the state at `step`: what was trained since is trainable again, what was admitted since will be admitted
+        again (walk the frontier from `frontier`). Then publish its version, and go on."""
+        replies = self._ask_all(wire.Restore(step=step), _SNAPSHOT_S)
+        self._parts.clear()
+        self._last_batch = [0] * len(self._shards)
+        return _one(replies)
+
+    def status(self) -> wire.Report:
+        return add_reports(self._ask_all(wire.Status()))
+
+    def stop(self) -> Counts:
+        return add_counts([reply.counts for reply in self._ask_all(wire.Stop())])
+
+
+def _one(replies: list[wire.Snapshotted]) -> wire.Snapshotted:
+    """Of all shards. The frontier is the furthest: no prompt was admitted between their snapshots."""
+    return wire.Snapshotted(
+        step=replies[0].step,
+        version=replies[0].version,
+        frontier=max(reply.frontier for reply in replies),
+    )

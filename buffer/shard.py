@@ -1,0 +1,331 @@
+"""One shard without its socket: requests in, replies out, and what they changed put into the log.
+
+The service calls `carry_out` for each request that arrived, then `seal` (segments get their place in the log), then `attempt`
+for those that wait, then `commit`; only then does it answer. Called by `service`, from one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import assert_never
+
+import numpy as np
+import pyarrow as pa
+
+from asyncrl.buffer import wire
+from asyncrl.buffer.blocks import Piece
+from asyncrl.buffer.columns import Prompt
+from asyncrl.buffer.config import BufferConfig
+from asyncrl.buffer.errors import BadRequest, DiskFull, LeaseLost
+from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer.ledger import Prompt as Asked
+from asyncrl.buffer.log import SegmentRows
+from asyncrl.buffer.records import Group, LedgerSettings, Rollout, Selection
+from asyncrl.buffer.store import SnapshotFile, Store
+
+logger = logging.getLogger(__name__)
+
+_ROTATE_AGAIN_S = 10.0
+Body = bytes | memoryview
+
+
+class Shard:
+    """State and log of one shard, in `folder`; goes on from what it finds there."""
+
+    def __init__(
+        self,
+        settings: LedgerSettings,
+        config: BufferConfig,
+        folder: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._clock = settings, clock
+        self.store = Store(folder, settings, config, clock)
+        self.ledger = Ledger(settings, self.store.book)
+        self._frozen_until = 0.0
+        self._rotate_after = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._segments = SegmentRows([], [], [], [], [], [], [])
+        self._admitted: list[tuple[Group, Prompt]] = []
+
+    # ---- requests that are answered at once --------------------------------------------------------------------
+
+    def carry_out(self, request: wire.Request, body: Body) -> wire.Reply:
+        """Raises BadRequest, LeaseLost or DiskFull: the asker's to hear. Nothing is changed then but what it names."""
+        match request:
+            case wire.Append():
+                return self._append(request, body)
+            case wire.Score(rollouts=scored):
+                return self._score(scored)
+            case wire.Fail():
+                return self._fail(request)
+            case wire.Release(leases=leases):
+                return self._release(leases)
+            case wire.Heartbeat(engine_id=engine_id):
+                self.ledger.heartbeat(engine_id, self._clock())
+                return wire.Number(value=0)
+            case wire.EngineLost(engine_id=engine_id):
+                return wire.Number(value=self.ledger.release_engine(engine_id))
+            case wire.Commit(batch_id=batch_id, version=version):
+                return wire.Balance(counts=self.ledger.commit(batch_id, version))
+            case wire.Publish(version=version):
+                self.ledger.publish(version)
+                return wire.Number(value=version)
+            case wire.Freeze(seconds=seconds):
+                self._frozen_until = self._clock() + seconds
+                return wire.Number(value=0)
+            case wire.Snapshot(step=step, keep=keep):
+                return self._snapshot(step, keep)
+            case wire.Restore(step=step):
+                return self._restore(step)
+            case wire.Stop():
+                return wire.Balance(counts=self.ledger.check())
+            case (
+                wire.Attach()
+                | wire.Status()
+                | wire.Capacity()
+                | wire.Admit()
+                | wire.Lease()
+                | wire.ReadBatch()
+            ):
+                raise BadRequest(f"{type(request).__name__} is the service's to answer")
+            case _:
+                assert_never(request)
+
+    def _append(self, request: wire.Append, body: Body) -> wire.Refused:
+        tokens, logprobs = _flat_columns(request, body)
+        rows, now, refused = self._segments, self._clock(), []
+        at = 0
+        append = self.ledger.append
+        for rollout_id, lease_id, start, version, count, finish_reason in zip(
+            request.rollout_ids,
+            request.lease_ids,
+            request.starts,
+            request.versions,
+            request.lengths,
+            request.finish_reasons,
+            strict=True,
+        ):
+            first, at = at, at + count
+            try:
+                new = append(rollout_id, lease_id, start, count, version, finish_reason, now)
+            except LeaseLost:
+                refused.append(rollout_id)
+                continue
+            if new:
+                rows.rollout_ids.append(rollout_id)
+                rows.lease_ids.append(lease_id)
+                rows.starts.append(start)
+                rows.versions.append(version)
+                rows.finish_reasons.append(finish_reason)
+                rows.tokens.append(tokens[first:at])
+                rows.logprobs.append(logprobs[first:at])
+        return wire.Refused(rollout_ids=refused)
+
+    def _score(self, scored: list[wire.Scored]) -> wire.Refused:
+        for s in scored:
+            if not np.isfinite(s.reward):
+                raise BadRequest(f"reward of rollout {s.rollout_id} is {s.reward}: rewards must be finite")
+        refused = []
+        for s in scored:
+            try:
+                self.ledger.score(s.rollout_id, s.lease_id, s.reward)
+            except LeaseLost:
+                refused.append(s.rollout_id)
+        return wire.Refused(rollout_ids=refused)
+
+    def _fail(self, request: wire.Fail) -> wire.Refused:
+        try:
+            again = self.ledger.fail(request.rollout_id, request.lease_id, request.reason)
+        except LeaseLost:
+            return wire.Refused(rollout_ids=[request.rollout_id])
+        if again:
+            self.seal()  # what was appended before the failure has its place before the restart
+            self.store.columns.restart(request.rollout_id)
+        return wire.Refused(rollout_ids=[])
+
+    def _release(self, leases: list[tuple[int, int]]) -> wire.Refused:
+        refused = []
+        for rollout_id, lease_id in leases:
+            try:
+                self.ledger.release(rollout_id, lease_id)
+            except LeaseLost:
+                refused.append(rollout_id)
+        return wire.Refused(rollout_ids=refused)
+
+    # ---- requests that wait ------------------------------------------------------------------------------------
+
+    def attempt(self, request: wire.Waits, body: Body) -> tuple[wire.Reply, pa.RecordBatch | None] | None:
+        """The answer, if there is one now. A batch is answered with `Batch(nbytes=0)` and its rows."""
+        match request:
+            case wire.Capacity():
+                capacity = 0 if self._clock() < self._frozen_until else self.ledger.capacity
+                return (wire.Number(value=capacity), None) if capacity else None
+            case wire.Admit():
+                return None if self._clock() < self._frozen_until else (self._admit(request, body), None)
+            case wire.Lease():
+                rollouts = self.ledger.lease(
+                    request.engine_id,
+                    request.limit,
+                    self._clock(),
+                    request.after,
+                    next_batch_only=self.store.blocks.is_full,
+                )
+                return (wire.Leases(rollouts=[self._leased(r) for r in rollouts]), None) if rollouts else None
+            case wire.ReadBatch(after=after):
+                selection = self.ledger.select(after)
+                return self._batch(selection) if selection else None
+            case _:
+                assert_never(request)
+
+    def _admit(self, request: wire.Admit, body: Body) -> wire.Admitted:
+        if (
+            not len(request.positions)
+            == len(request.prompt_ids)
+            == len(request.payloads)
+            == len(request.lengths)
+        ):
+            raise BadRequest("admission: positions, prompt_ids, payloads and lengths differ in length")
+        if len(body) != 4 * sum(request.lengths):
+            raise BadRequest(
+                f"admission: {len(body)} bytes of tokens, the lengths say {4 * sum(request.lengths)}"
+            )
+        groups = self.ledger.admit(list(map(Asked, request.prompt_ids, request.positions)))
+        flat, at = np.frombuffer(bytes(body), np.int32), 0
+        rows = zip(
+            groups, request.prompt_ids, request.payloads, request.positions, request.lengths, strict=True
+        )
+        for group, prompt_id, payload, position, length in rows:
+            first, at = at, at + length
+            if group is not None:
+                prompt = Prompt(prompt_id, flat[first:at], payload, position)
+                self.store.columns.put_prompt(group.group_id, prompt, group.rollouts)
+                self._admitted.append((group, prompt))
+        admitted = sum(g is not None for g in groups)
+        return wire.Admitted(admitted=admitted, passed_over=len(groups) - admitted)
+
+    def _leased(self, rollout: Rollout) -> wire.Leased:
+        prompt = self.store.columns.prompts[rollout.group.group_id]
+        return wire.Leased(
+            rollout.rollout_id,
+            rollout.lease_id,
+            rollout.group.group_id,
+            prompt.tokens.tobytes(),
+            self.store.columns.tokens(rollout.rollout_id) if rollout.length else b"",
+            rollout.finish_reason,
+            prompt.payload,
+        )
+
+    def _batch(self, selection: Selection) -> tuple[wire.Reply, pa.RecordBatch]:
+        rollouts = [self.ledger.book.rollouts[r] for r in selection.rollout_ids]
+        oldest = selection.version - self._settings.max_staleness_versions
+        rows = self.store.columns.batch(rollouts, oldest)
+        self.store.blocks.give_back()
+        return wire.Batch(selection=selection, nbytes=0, in_room=False), rows
+
+    def expire(self) -> None:
+        for rollout in self.ledger.expire(self._clock()):
+            logger.warning(
+                "lease of rollout %d expired; it goes on with %d tokens", rollout.rollout_id, rollout.length
+            )
+
+    # ---- the log -----------------------------------------------------------------------------------------------
+
+    def seal(self) -> None:
+        """Gives what came in its place in the log, so that it can be read."""
+        if self._admitted:
+            prompts = [prompt for _, prompt in self._admitted]
+            self.store.log.prompts(
+                [group for group, _ in self._admitted],
+                [p.tokens for p in prompts],
+                [p.payload for p in prompts],
+            )
+        rows = self._segments
+        if rows.rollout_ids:
+            message = self.store.log.segments(rows)
+            block = self.store.blocks.add(
+                self.store.log.generation, message.start, memoryview(message.buffer)
+            )
+            at, columns = 0, self.store.columns
+            for rollout_id, version, tokens in zip(rows.rollout_ids, rows.versions, rows.tokens, strict=True):
+                count = len(tokens)
+                if count:
+                    columns.append(
+                        rollout_id,
+                        Piece(block, message.tokens_at + at, message.logprobs_at + at, count, version),
+                    )
+                    at += 4 * count
+            if not block.pieces:
+                self.store.blocks.release_block(block)
+        if self._admitted or rows.rollout_ids:
+            self._clear()
+
+    def commit(self) -> None:
+        """All changes so far are in the log when it returns. Raises DiskFull: call again, and change nothing until then."""
+        self.seal()
+        rows = self.ledger.take_rows()
+        if rows:
+            self.store.log.states(rows)
+        self.store.log.commit()
+        self.store.blocks.written()
+        self.store.columns.drop(*self.ledger.take_closed())
+        if self.store.wants_rotation and self._clock() >= self._rotate_after:
+            self._rotate()
+
+    def _rotate(self) -> None:
+        try:
+            self.store.rotate()
+        except DiskFull as error:
+            self._rotate_after = self._clock() + _ROTATE_AGAIN_S
+            logger.warning("the log's next file waits: %s", error)
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------
+
+    def _snapshot(self, step: int, keep: list[int]) -> wire.Snapshotted:
+        self.commit()
+        self._frozen_until = 0.0
+        return _snapshotted(self.store.snapshot(step, keep))
+
+    def _restore(self, step: int) -> wire.Snapshotted:
+        self.commit()
+        snapshot = self.store.restore(step)
+        self.ledger = Ledger(self._settings, self.store.book)
+        self.ledger.drop_quarantined()
+        self._frozen_until = 0.0
+        return _snapshotted(snapshot)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def _snapshotted(snapshot: SnapshotFile) -> wire.Snapshotted:
+    return wire.Snapshotted(step=snapshot.step, version=snapshot.version, frontier=snapshot.frontier)
+
+
+def _flat_columns(request: wire.Append, body: Body) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and logprobs of all segments, as views of `body`. Raises BadRequest where they do not fit or are not finite."""
+    count = len(request.rollout_ids)
+    for name in ("lease_ids", "starts", "versions", "lengths", "finish_reasons"):
+        if len(getattr(request, name)) != count:
+            raise BadRequest(f"append: {count} rollout_ids and {len(getattr(request, name))} {name}")
+    total = sum(request.lengths)
+    if len(body) != 8 * total:
+        raise BadRequest(
+            f"append of {total} tokens: expected a body of {8 * total} bytes (int32 tokens, then float32 logprobs), "
+            f"got {len(body)}"
+        )
+    tokens = np.frombuffer(body, np.int32, total)
+    logprobs = np.frombuffer(body, np.float32, total, 4 * total)
+    if not np.isfinite(logprobs).all():
+        bad = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+        row = int(np.searchsorted(np.cumsum(request.lengths), bad, side="right"))
+        raise BadRequest(
+            f"append: logprob {logprobs[bad]} in the segment of rollout {request.rollout_ids[row]} sampled at version "
+            f"{request.versions[row]}: the engine's numbers are broken; nothing was taken"
+        )
+    return tokens, logprobs

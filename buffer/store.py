@@ -1,0 +1,237 @@
+"""A shard's folder: which generation is written, when the next begins, what may be deleted, snapshots and restores.
+
+A generation begins with a base (the whole state but the tokens) and goes on with its streams. A snapshot begins a new one, so
+that a checkpoint lies on the edge between two files; a restore begins a new one too, from the snapshot's base, and moves
+what came after it aside (`abandoned-N/`). A file is deleted (`keep_log = "needed"`) when no live rollout has tokens in it and no
+snapshot names it. Every step may be cut short by a crash: the base is written first, and the rest follows from it when the
+folder is opened again. Called by `shard`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from asyncrl.buffer import base
+from asyncrl.buffer.blocks import Blocks
+from asyncrl.buffer.book import Book
+from asyncrl.buffer.columns import Columns
+from asyncrl.buffer.config import BufferConfig
+from asyncrl.buffer.errors import BadRequest, DiskFull
+from asyncrl.buffer.journal import STREAMS
+from asyncrl.buffer.log import Log, disk_full, file_of, journal_of
+from asyncrl.buffer.records import LedgerSettings
+from asyncrl.buffer.recovery import newest_base, recover
+from asyncrl.buffer.schema import State
+
+logger = logging.getLogger(__name__)
+
+
+class SnapshotFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `snapshot-STEP.json` says."""
+
+    step: int
+    generation: int
+    """Its base is the state."""
+    needs: list[int]
+    """Generations with tokens of rollouts that were live then."""
+    version: int
+    frontier: int
+
+
+class Recovery(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found when the folder was opened."""
+
+    commits: int
+    cut_bytes: int
+    live_rollouts: int
+    live_tokens: int
+
+
+class Store:
+    """`book` and `columns` are the state; `log` takes what changes it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: LedgerSettings,
+        config: BufferConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._settings, self._config, self._clock = folder, settings, config, clock
+        self._fsync = config.durability == "fsync"
+        self.blocks = self._new_blocks()
+        self.recovery: Recovery | None = None
+        state = newest_base(folder)
+        if state is None:
+            state = base.dump(Book(settings), Columns(self.blocks), 1, [], 0)
+            base.write(base.path_of(folder, 1), base.encode(state))
+        self._open(state)
+
+    def _new_blocks(self) -> Blocks:
+        budget = self._config.memory_bytes // self._settings.shards
+        return Blocks(budget, lambda generation: file_of(self.folder, "segments", generation))
+
+    def _open(self, state: base.BaseState) -> None:
+        self._set_aside(state)
+        found = recover(self.folder, state, self._settings, self.blocks, self._clock)
+        self.book, self.columns = found.book, found.columns
+        self.history = state.history
+        self.log = Log(
+            self.folder, state.generation, fsync=self._fsync, next_seq=found.next_seq, last=found.last
+        )
+        if found.last is not None:
+            self.recovery = Recovery(
+                commits=found.commits,
+                cut_bytes=found.cut_bytes,
+                live_rollouts=len(self.book.rollouts),
+                live_tokens=sum(r.length for r in self.book.rollouts.values()),
+            )
+            logger.info("recovered %s: %s", self.folder, self.recovery)
+
+    def _set_aside(self, state: base.BaseState) -> None:
+        """Moves away the files of generations that a restore abandoned."""
+        past = {*state.history, state.generation}
+        for generation in self._generations():
+            if generation in past or generation > state.generation:
+                continue
+            aside = self.folder / f"abandoned-{state.generation:06d}"
+            aside.mkdir(exist_ok=True)
+            for path in self._streams_of(generation):
+                if path.exists():
+                    path.rename(aside / path.name)
+
+    def _generations(self) -> list[int]:
+        return sorted(int(p.name.split("-")[1]) for p in self.folder.glob("journal-*"))
+
+    def _streams_of(self, generation: int) -> list[Path]:
+        streams = [file_of(self.folder, name, generation) for name in STREAMS]
+        return [*streams, journal_of(self.folder, generation)]
+
+    # ---- the next generation -----------------------------------------------------------------------------------
+
+    @property
+    def wants_rotation(self) -> bool:
+        return self.log.segment_bytes >= self._config.rotate_bytes
+
+    def rotate(self) -> int:
+        """Begins the next generation with the present state, which must be committed; returns its number."""
+        generation = self.log.generation + 1
+        history = [*self.history, self.log.generation]
+        state = base.dump(self.book, self.columns, generation, history, self.log.next_seq)
+        try:
+            base.write(base.path_of(self.folder, generation), base.encode(state))
+            log = Log(self.folder, generation, fsync=self._fsync, next_seq=self.log.next_seq)
+        except (DiskFull, OSError) as error:
+            # With its base there the new generation would be the one to recover, and this one still grows.
+            base.remove(base.path_of(self.folder, generation))
+            for path in self._streams_of(generation):
+                path.unlink(missing_ok=True)
+            raise disk_full(self.folder, error) from error
+        self.log.close()
+        self.log, self.history = log, history
+        self._delete_unneeded()
+        return generation
+
+    def _delete_unneeded(self) -> None:
+        if self._config.keep_log == "all":
+            return
+        needed = {self.log.generation, *self._live_generations()}
+        for snapshot in self.snapshots().values():
+            needed |= {snapshot.generation, *snapshot.needs}
+        bases = {int(p.stem.split("-")[1]) for p in self.folder.glob("base-*.msgpack")}
+        for generation in {*self._generations(), *bases} - needed:
+            for path in (*self._streams_of(generation), base.path_of(self.folder, generation)):
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob("abandoned-*"):
+            shutil.rmtree(path)
+
+    def _live_generations(self) -> set[int]:
+        return {p.block.generation for pieces in self.columns.answers.values() for p in pieces}
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------
+
+    def snapshots(self) -> dict[int, SnapshotFile]:
+        found = (
+            msgspec.json.decode(path.read_bytes(), type=SnapshotFile)
+            for path in self.folder.glob("snapshot-*.json")
+        )
+        return {snapshot.step: snapshot for snapshot in found}
+
+    def snapshot(self, step: int, keep: Sequence[int]) -> SnapshotFile:
+        """Ties the present state, which must be committed, to `step`; forgets snapshots not in `keep`."""
+        needs = sorted(self._live_generations())
+        for other in self.snapshots():
+            if other not in keep and other != step:
+                self._snapshot_path(other).unlink()
+        snapshot = SnapshotFile(
+            step=step,
+            generation=self.rotate(),
+            needs=needs,
+            version=self.book.version,
+            frontier=self.book.frontier,
+        )
+        try:
+            base.write(self._snapshot_path(step), msgspec.json.encode(snapshot))
+        except OSError as error:
+            base.remove(self._snapshot_path(step))
+            raise disk_full(self.folder, error) from error
+        return snapshot
+
+    def _snapshot_path(self, step: int) -> Path:
+        return self.folder / f"snapshot-{step:08d}.json"
+
+    def restore(self, step: int) -> SnapshotFile:
+        """Goes back to the state at `step`. Leases are void, nothing goes out until its version is published again."""
+        snapshot = self.snapshots().get(step)
+        if snapshot is None:
+            raise BadRequest(
+                f"no snapshot of step {step} in {self.folder}; there are {sorted(self.snapshots())}"
+            )
+        state = base.decode(base.path_of(self.folder, snapshot.generation).read_bytes())
+        if state is None:
+            raise BadRequest(f"the base of snapshot {step} in {self.folder} is damaged")
+        rewound = self._rewound(state)
+        try:
+            base.write(base.path_of(self.folder, rewound.generation), base.encode(rewound))
+        except OSError as error:
+            base.remove(base.path_of(self.folder, rewound.generation))
+            raise disk_full(self.folder, error) from error
+        self.log.close()
+        for path in self.folder.glob("snapshot-*.json"):
+            if int(path.stem.split("-")[1]) > step:
+                path.unlink()
+        self.blocks = self._new_blocks()
+        self._open(rewound)
+        return snapshot
+
+    def _rewound(self, state: base.BaseState) -> base.BaseState:
+        """The snapshot's state as the beginning of a new generation."""
+        group, rollout, _, batch = state.next_ids
+        return msgspec.structs.replace(
+            state,
+            generation=self.log.generation + 1,
+            serving=False,
+            # Leases of the abandoned time must not come again: their engines may still be sending.
+            next_ids=(group, rollout, self.book.next_lease, batch),
+            engines={},
+            # A prompt that was found to be bad stays bad.
+            quarantined={**state.quarantined, **self.book.quarantined},
+            groups=[
+                msgspec.structs.replace(g, rollouts=[_unleased(r) for r in g.rollouts]) for g in state.groups
+            ],
+        )
+
+    def close(self) -> None:
+        self.log.close()
+
+
+def _unleased(rollout: base.RolloutState) -> base.RolloutState:
+    if rollout.state not in (State.LEASED, State.COMPLETE):
+        return rollout
+    return msgspec.structs.replace(rollout, state=int(State.QUEUED), lease_id=0, engine_id="")

@@ -1,0 +1,335 @@
+"""The buffer against other ways to move rollouts, in one run; where its time goes; and a thousand engines at once.
+
+    python tools/bench_buffer.py speed   --rollouts 8192 --pushes 1,8,256 --rounds 3 --json FILE
+    python tools/bench_buffer.py account --rollouts 8192 --push 8
+    python tools/bench_buffer.py engines --engines 1000 --slots 64 --seconds 30 --json FILE
+
+`speed`: the workload and the rivals of `buffer_rivals`, and beside them the buffer with everything on: its service as a process
+of its own, CURVE, ledger, log on disk (`durability = "os"`), admission, lease, append, score, read and commit of every
+rollout, through the library's own clients. `account`: the same, with the service under cProfile: microseconds per rollout
+by what they were spent on. `engines`: so many clients of one buffer process, each with so many rollouts under way, on fake
+engines that only sleep: latency of leases, segments per second, memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import operator
+import os
+import pstats
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import reduce
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import rich
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+import buffer_engines
+import buffer_rivals as rivals
+
+from asyncrl.buffer import (
+    BlockingBufferClient,
+    BufferAddress,
+    BufferClient,
+    BufferConfig,
+    PromptRow,
+    Segment,
+    StalenessConfig,
+    ledger_settings,
+    wire,
+)
+from asyncrl.buffer.connection import BlockingConnection
+from asyncrl.buffer.keys import make_keys
+from asyncrl.buffer.process import ProcessConfig
+
+GROUP: Final = 8
+"""Rollouts per prompt."""
+BOUND: Final = 128
+"""Versions: the workload's rollouts carry versions 0 to 31, and every batch makes one more."""
+FIRST_VERSION: Final = 31
+HELD_ROLLOUTS: Final = 4096
+PROMPT: Final = list(range(64))
+
+
+class Shards:
+    """Services as processes of their own; `close` ends them."""
+
+    def __init__(self, folder: Path, config: BufferConfig, prompts_per_step: int, bound: int, profile: str = "") -> None:
+        self.folder = folder
+        server, client = make_keys(folder / "keys")
+        del server
+        files = [folder / f"endpoint-{shard}" for shard in range(config.shards)]
+        self.processes = []
+        for shard, file in enumerate(files):
+            settings = ledger_settings(
+                config, StalenessConfig(max_staleness_versions=bound), prompts_per_step, GROUP, shard
+            )
+            path = folder / f"process-{shard}.json"
+            process = ProcessConfig(
+                settings=settings,
+                buffer=config,
+                folder=str(folder / "rollouts" / str(shard)),
+                keys=str(folder / "keys"),
+                endpoint_file=str(file),
+                parent=os.getpid(),
+            )
+            path.write_bytes(msgspec.json.encode(process))
+            profiled = ["-m", "cProfile", "-o", profile] if profile else []
+            command = [sys.executable, "-P", *profiled, "-m", "asyncrl.buffer.process", str(path)]
+            self.processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        self.address = BufferAddress(endpoints=tuple(self._endpoint(f) for f in files), keys=client)
+
+    def _endpoint(self, file: Path) -> str:
+        deadline = time.monotonic() + 60
+        # Waits for the service to write its endpoint; ends with it, with its process, or in time.
+        while not file.exists():
+            if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
+                raise RuntimeError(f"no buffer came up in {self.folder}")
+            time.sleep(0.02)
+        return file.read_text()
+
+    def close(self) -> None:
+        client = BlockingBufferClient(self.address)
+        try:
+            if all(process.poll() is None for process in self.processes):
+                client.stop()
+        finally:
+            client.close()
+            for process in self.processes:
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait(10)
+
+
+class Feeder(threading.Thread):
+    """Keeps `HELD_ROLLOUTS` admitted, in the parent's process."""
+
+    def __init__(self, address: BufferAddress, prompts_per_step: int) -> None:
+        super().__init__(name="feeder", daemon=True)
+        self._address, self._all = address, (BOUND + 1) * prompts_per_step
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Looks every few milliseconds; ends when told to."""
+        shards = [BlockingConnection(endpoint, self._address.keys) for endpoint in self._address.endpoints]
+        position, most = 0, HELD_ROLLOUTS // GROUP // len(shards)
+        while not self.ended.wait(0.003):
+            for connection in shards:
+                free = connection.ask(wire.Capacity(timeout_s=0.0)).reply.value
+                count = most - (self._all // len(shards) - free)
+                if count <= 0 or not free:
+                    continue
+                request = wire.Admit(
+                    positions=list(range(position, position + count)),
+                    prompt_ids=[f"p{i}" for i in range(position, position + count)],
+                    payloads=['{"answer": "7"}'] * count,
+                    lengths=[len(PROMPT)] * count,
+                    timeout_s=10.0,
+                )
+                connection.ask(request, np.array(PROMPT * count, np.int32).tobytes(), 10.0)
+                position += count
+        for connection in shards:
+            connection.close()
+
+
+class AsyncrlBuffer(rivals.Rival):
+    """Everything on. Each push is leased, appended and scored by an engine of its own; as many engines as the others have slots."""
+
+    name = "asyncrl buffer"
+    config = BufferConfig()
+    profile = ""
+
+    def open(self, resources: ExitStack) -> None:
+        folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="bench-buffer-")))
+        prompts_per_step = self.workload.batch // GROUP
+        shards = Shards(folder, self.config, prompts_per_step, BOUND, self.profile)
+        resources.callback(shards.close)
+        self.address = shards.address
+        client = BlockingBufferClient(self.address)
+        client.publish(FIRST_VERSION)
+        client.close()
+        feeder = Feeder(self.address, prompts_per_step)
+        feeder.start()
+        resources.callback(feeder.join, 10)
+        resources.callback(feeder.ended.set)
+
+    def sending(self, producer: int) -> Iterator[rivals.Send]:
+        loop = asyncio.new_event_loop()
+        pushing = _Pushing(self.address, producer, self.workload.slots)
+        loop.run_until_complete(pushing.open())
+        self.finish = lambda: loop.run_until_complete(pushing.drain())
+        yield lambda rollouts: loop.run_until_complete(pushing.push(rollouts))
+        loop.run_until_complete(pushing.close())
+        loop.close()
+
+    def receiving(self) -> Iterator[rivals.Receive]:
+        client = BlockingBufferClient(self.address)
+        version = FIRST_VERSION
+
+        def receive(_: int) -> rivals.Push:
+            nonlocal version
+            found = client.read_batch(rivals.WAIT_S)
+            if found is None:
+                raise TimeoutError(f"no batch within {rivals.WAIT_S:.0f} s: {client.status()}")
+            selection, rows = found
+            tokens = rows["tokens"]
+            offsets = tokens.offsets.to_numpy()
+            version += 1
+            client.commit(selection.batch_ids, version)
+            return rivals.Push(
+                tokens.values.to_numpy(),
+                rows["logprobs"].values.to_numpy(),
+                np.diff(offsets),
+                rows["versions"].values.to_numpy()[offsets[:-1]],
+            )
+
+        yield receive
+        client.close()
+
+
+class _Pushing:
+    """A producer's engines on its event loop."""
+
+    def __init__(self, address: BufferAddress, producer: int, slots: int) -> None:
+        self._client = BufferClient(address)
+        self._free = [f"engine-{producer}-{slot}" for slot in range(slots)]
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        await self._client.__aenter__()
+
+    async def push(self, rollouts: Sequence[rivals.Rollout]) -> None:
+        """Waits for a free engine, which the end of a push makes."""
+        while not self._free:
+            await self._one_done()
+        self._tasks.add(asyncio.create_task(self._carry(self._free.pop(), rollouts)))
+        await asyncio.sleep(0)
+
+    async def _one_done(self) -> None:
+        done, self._tasks = await asyncio.wait(
+            self._tasks, return_when=asyncio.FIRST_COMPLETED, timeout=rivals.WAIT_S
+        )
+        if not done:
+            raise TimeoutError("a push has been under way for too long")
+        for task in done:
+            task.result()
+
+    async def drain(self) -> None:
+        while self._tasks:
+            await self._one_done()
+
+    async def close(self) -> None:
+        await self._client.__aexit__()
+
+    async def _carry(self, engine_id: str, rollouts: Sequence[rivals.Rollout]) -> None:
+        leases: list[wire.Leased] = []
+        while len(leases) < len(rollouts):
+            leases += await self._client.lease(engine_id, len(rollouts) - len(leases), 10.0)
+        segments = [
+            Segment(
+                rollout_id=lease.rollout_id,
+                lease_id=lease.lease_id,
+                start=0,
+                version=rollout.version,
+                tokens=rollout.ids,
+                logprobs=rollout.logprobs,
+                finish_reason="stop",
+            )
+            for lease, rollout in zip(leases, rollouts, strict=True)
+        ]
+        refused = await self._client.append(engine_id, segments)
+        scored = [wire.Scored(lease.rollout_id, lease.lease_id, float(lease.rollout_id % 2)) for lease in leases]
+        refused += await self._client.score(scored)
+        if refused:
+            raise rivals.RivalError(f"leases of {refused[:5]} were lost")
+        self._free.append(engine_id)
+
+
+def speed(args: argparse.Namespace) -> dict[str, object]:
+    rivals.RIVALS[AsyncrlBuffer.name] = AsyncrlBuffer
+    names, missing = rivals.choose([name for name in args.rivals.split(",") if name], args.ray)
+    AsyncrlBuffer.config = BufferConfig(shards=args.shards, durability=args.durability)
+    pushes = [int(push) for push in args.pushes.split(",")]
+    workloads = [rivals.Workload(args.rollouts, push, args.batch, args.seed) for push in pushes]
+    figures = [each for workload in workloads for each in rivals.measure(names, workload, args.rounds)]
+    rich.print(rivals.table(figures, missing))
+    rows = [dataclasses.asdict(each) | {"sums": msgspec.structs.asdict(each.sums)} for each in figures]
+    return {"batch": args.batch, "rounds": args.rounds, "figures": rows, "not_installed": missing}
+
+
+PARTS: Final = {
+    "the socket": ("recv_multipart", "send_multipart", "poll", "{method 'recv", "{method 'send", "_zmq"),
+    "messages": ("wire.py", "Decoder", "encode", "decode"),
+    "checks of tokens": ("_flat_columns", "xxh3", "isfinite"),
+}
+
+
+def account(args: argparse.Namespace) -> dict[str, object]:
+    """Own time of the service's functions, per rollout."""
+    with tempfile.NamedTemporaryFile(suffix=".prof") as file:
+        AsyncrlBuffer.profile = file.name
+        rivals.RIVALS[AsyncrlBuffer.name] = AsyncrlBuffer
+        workload = rivals.Workload(args.rollouts, args.push, args.batch, args.seed)
+        figures = rivals.run_rival(AsyncrlBuffer.name, workload)
+        stats = pstats.Stats(file.name)
+    warm = sum(len(push) for p in range(2) for push in rivals.warm_up(workload, p))
+    rollouts = args.rollouts + warm
+    rows = [
+        (Path(file).name, line, name, calls, own)
+        for (file, line, name), (_, calls, own, _, _) in stats.stats.items()  # type: ignore[attr-defined]
+    ]
+    rows.sort(key=operator.itemgetter(4), reverse=True)
+    drawn = Table("function", "calls per rollout", "own us per rollout")
+    for file, line, name, calls, own in rows[: args.top]:
+        drawn.add_row(f"{file}:{line} {name}"[:80], f"{calls / rollouts:.2f}", f"{1e6 * own / rollouts:.2f}")
+    total = reduce(operator.add, (own for *_, own in rows))
+    drawn.add_row("all (waiting and start included)", "", f"{1e6 * total / rollouts:.2f}")
+    rich.print(drawn)
+    print(f"with the profiler on: {figures.rollouts_per_s:,.0f} rollouts/s")
+    return {"push": args.push, "rows": rows[: args.top]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fast = commands.add_parser("speed")
+    fast.add_argument("--pushes", default="1,8,256", help="rollouts per push, with commas")
+    fast.add_argument("--rounds", type=int, default=1, help="the one of median speed is shown")
+    fast.add_argument("--rivals", default="", help="names, with commas; default: all")
+    fast.add_argument("--ray", action="store_true", help="`ray objects` too; its start takes seconds")
+    fast.add_argument("--shards", type=int, default=1)
+    fast.add_argument("--durability", default="os")
+    costs = commands.add_parser("account")
+    costs.add_argument("--push", type=int, default=8)
+    costs.add_argument("--top", type=int, default=40)
+    for each in (fast, costs):
+        each.add_argument("--rollouts", type=int, default=8192)
+        each.add_argument("--batch", type=int, default=256)
+        each.add_argument("--seed", type=int, default=0)
+    many = commands.add_parser("engines")
+    buffer_engines.add_arguments(many)
+    for each in (fast, costs, many):
+        each.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    result = {"speed": speed, "account": account, "engines": buffer_engines.run}[args.command](args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
