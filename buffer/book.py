@@ -12,6 +12,8 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from asyncrl.buffer.records import (
     PUBLISHED,
     EngineRecord,
@@ -20,11 +22,11 @@ from asyncrl.buffer.records import (
     Rollout,
     Transition,
 )
+from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
 
 _FRESH = 1 << 60
 """Queue key of groups without a token: nothing of theirs can grow stale, so they come after all others."""
-_STATES = [state.name for state in State]
 _QUEUED, _LEASED, _COMPLETE, _SCORED, _BATCHED = (
     State.QUEUED,
     State.LEASED,
@@ -65,10 +67,10 @@ class Book:
         self.expiry: list[tuple[float, int, int]] = []
         """Heap of (earliest time at which it can be late, rollout_id, lease_id)."""
         self.ready: list[tuple[int, int]] = []
-        """Heap of complete groups: (oldest version, group_id)."""
+        """Heap of complete groups: (oldest version, group_id). Another version than the group's is outdated."""
         self.ages: Counter[int] = Counter()
         """Oldest version -> groups that have tokens and were not handed over."""
-        self.rows: list[Transition] = []
+        self.rows = StateRows()
         self.closed: list[int] = []
         self.closed_groups: list[int] = []
 
@@ -133,7 +135,7 @@ class Book:
     def score(self, rollout: Rollout, reward: float) -> bool:
         """True when its group is complete by it."""
         self._move(rollout, _SCORED)
-        rollout.reward = reward
+        rollout.reward = float(np.float32(reward))  # as the log keeps it
         rollout.scored_lease_id = rollout.lease_id
         self.note(rollout, reward=reward)
         rollout.lease_id = 0
@@ -185,13 +187,14 @@ class Book:
         self.closed.append(rollout.rollout_id)
         if state is State.FAILED and len(group.rollouts) < self.settings.rollouts_per_prompt:
             self.quarantined.setdefault(group.prompt_id, reason)
-        if group.rollouts:
-            return
-        self._close_group(group)
+        if not group.rollouts:
+            self._close_group(group)
+        elif rollout.spans and not group.batch_id:
+            self.find_age(group)  # its tokens are in no batch any more
 
     def publish(self, version: int) -> None:
         self.version, self.serving = version, True
-        self.rows.append(Transition(0, 0, PUBLISHED, version, 0, 0, 0, "", "", 0.0))
+        self.rows.published(version)
 
     # ---- what follows from a change ----------------------------------------------------------------------------
 
@@ -200,13 +203,17 @@ class Book:
         self.by_state[state] += 1
         rollout.state = state
 
+    @staticmethod
+    def urgency(group: Group) -> int:
+        """First part of the queue's key. An entry with another one is outdated: there is a newer one."""
+        return _FRESH if group.oldest_version is None else group.oldest_version
+
     def enqueue(self, rollout: Rollout) -> None:
         group = rollout.group
-        key = _FRESH if group.oldest_version is None else group.oldest_version
-        heapq.heappush(self.queue, (key, group.group_id, rollout.rollout_id))
+        heapq.heappush(self.queue, (self.urgency(group), group.group_id, rollout.rollout_id))
 
     def find_age(self, group: Group) -> None:
-        """Finds the group's oldest and newest version anew, and the place in the queue that follows from it."""
+        """Finds the group's oldest and newest version anew, and the places in the heaps that follow from it."""
         before = group.oldest_version
         versions = [v for r in group.rollouts.values() for v, _ in r.spans]
         group.oldest_version = min(versions, default=None)
@@ -218,6 +225,8 @@ class Book:
                 self._count_age(before, -1)
             if group.oldest_version is not None:
                 self._count_age(group.oldest_version, 1)
+                if group.scored == self.settings.rollouts_per_prompt:
+                    heapq.heappush(self.ready, (group.oldest_version, group.group_id))
         for rollout in group.rollouts.values():
             if rollout.state is _QUEUED:
                 self.enqueue(rollout)
@@ -239,19 +248,17 @@ class Book:
 
     def note(self, rollout: Rollout, reason: str = "", reward: float = 0.0) -> None:
         group = rollout.group
-        self.rows.append(
-            Transition(
-                rollout.rollout_id,
-                group.group_id,
-                _STATES[rollout.state],
-                self.version,
-                rollout.lease_id,
-                rollout.attempts,
-                group.batch_id,
-                rollout.engine_id,
-                reason,
-                reward,
-            )
+        self.rows.add(
+            rollout.rollout_id,
+            group.group_id,
+            rollout.state,
+            self.version,
+            rollout.lease_id,
+            rollout.attempts,
+            group.batch_id,
+            rollout.engine_id,
+            reason,
+            reward,
         )
 
     # ---- from the log ------------------------------------------------------------------------------------------

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from asyncrl.buffer import schema
 from asyncrl.buffer.blocks import Blocks, Piece
-from asyncrl.buffer.records import Rollout
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,34 +83,12 @@ class Columns:
         """The answer so far, as int32."""
         return b"".join(self.blocks.tokens(p).tobytes() for p in self.answers[rollout_id])
 
-    def batch(self, rollouts: Sequence[Rollout], oldest_trainable_version: int) -> pa.RecordBatch:
-        """`schema.BATCH` rows; tokens of older versions than `oldest_trainable_version` are not trainable."""
-        answers = [self.answers[r.rollout_id] for r in rollouts]
-        offsets = np.zeros(len(rollouts) + 1, dtype=np.int32)
-        np.cumsum([r.length for r in rollouts], out=offsets[1:])
-        tokens = np.empty(offsets[-1], np.int32)
-        logprobs = np.empty(offsets[-1], np.float32)
-        pieces = list(itertools.chain.from_iterable(answers))
-        at, blocks = 0, self.blocks
-        for piece in pieces:
-            end = at + piece.length
-            tokens[at:end] = blocks.tokens(piece)
-            logprobs[at:end] = blocks.logprobs(piece)
-            at = end
-        counts = [p.length for p in pieces]
-        versions = np.repeat(np.array([p.version for p in pieces], np.int32), counts)
-        prompts = [self.prompts[r.group.group_id].tokens for r in rollouts]
-        return pa.record_batch(
-            [
-                pa.array([r.rollout_id for r in rollouts], pa.int64()),
-                pa.array([r.group.group_id for r in rollouts], pa.int64()),
-                list_array(prompts, schema.TOKENS),
-                flat_lists(offsets, tokens, schema.TOKENS),
-                flat_lists(offsets, logprobs, schema.LOGPROBS),
-                flat_lists(offsets, versions, schema.TOKENS),
-                flat_lists(offsets, versions >= oldest_trainable_version, schema.FLAGS),
-                pa.array([r.reward for r in rollouts], pa.float32()),
-                pa.array([r.finish_reason for r in rollouts], pa.string()),
-            ],
-            schema=schema.BATCH,
-        )
+    def copy(self, rollout_ids: Iterable[int], tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """The answers, one behind the other, into flat columns of their length."""
+        at, blocks, answers = 0, self.blocks, self.answers
+        for rollout_id in rollout_ids:
+            for piece in answers[rollout_id]:
+                end = at + piece.length
+                tokens[at:end] = blocks.tokens(piece)
+                logprobs[at:end] = blocks.logprobs(piece)
+                at = end

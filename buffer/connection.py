@@ -172,7 +172,7 @@ class Connection:
         except zmq.Again:
             # The service is away and its queue is full: the request is sent again with patience.
             logger.info("%s takes no more requests for now", self.endpoint)
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             asyncio.get_running_loop().call_soon(self._take_answers)
 
 

@@ -29,9 +29,9 @@ from asyncrl.buffer.records import (
     LedgerSettings,
     Rollout,
     Selection,
-    Transition,
     describe,
 )
+from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
 
 _HELD = (State.LEASED, State.COMPLETE)
@@ -122,7 +122,11 @@ class Ledger:
         while book.queue and len(leased) < limit:
             entry = heapq.heappop(book.queue)
             rollout = book.rollouts.get(entry[2])
-            if rollout is None or rollout.state is not State.QUEUED:
+            if (
+                rollout is None
+                or rollout.state is not State.QUEUED
+                or entry[0] != book.urgency(rollout.group)
+            ):
                 continue
             if allowed is not None and entry[1] not in allowed:
                 passed.append(entry)
@@ -301,8 +305,9 @@ class Ledger:
     def _choose(self) -> list[Group] | None:
         ready, chosen = self.book.ready, list[Group]()
         while ready and len(chosen) < self.settings.prompts_per_step:
-            group = self.book.groups.get(heapq.heappop(ready)[1])
-            if group is None or group.batch_id:
+            oldest_version, group_id = heapq.heappop(ready)
+            group = self.book.groups.get(group_id)
+            if group is None or group.batch_id or group.oldest_version != oldest_version:
                 continue
             if self._is_over_stale(group):
                 self._drop_group(group, "over_stale")
@@ -330,6 +335,11 @@ class Ledger:
         for group in chosen:
             assert group.oldest_version is not None
             due[staleness.deadline(group.oldest_version, bound)] -= 1
+        last = chosen[-1].oldest_version
+        assert last is not None
+        # Where the most urgent groups of all are chosen no later batch could be a better one.
+        if all(not left or d >= staleness.deadline(last, bound) for d, left in due.items()):
+            return True
         return staleness.may_hand_over(self.version, due, self.settings.prompts_per_step)
 
     def commit(self, batch_id: int, version: int) -> Counts:
@@ -396,8 +406,9 @@ class Ledger:
     def by_state(self) -> dict[str, int]:
         return {s.name.lower(): self.book.by_state[s] for s in State if s <= State.BATCHED}
 
-    def take_rows(self) -> list[Transition]:
-        taken, self.book.rows = self.book.rows, []
+    def take_rows(self) -> StateRows:
+        """Every change of state since this was last asked, for the log."""
+        taken, self.book.rows = self.book.rows, StateRows()
         return taken
 
     def take_closed(self) -> tuple[list[int], list[int]]:

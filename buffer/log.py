@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from asyncrl.buffer.columns import list_array
+from asyncrl.buffer.columns import flat_lists, list_array
 from asyncrl.buffer.errors import DiskFull
 from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record
-from asyncrl.buffer.records import Group, Transition
+from asyncrl.buffer.records import Group
+from asyncrl.buffer.rows import STATE_NAMES, StateRows
 from asyncrl.buffer.schema import IDS, LOGPROBS, TOKENS
 
 
@@ -63,17 +64,22 @@ STATE_LOG = _layout(
     ("reward", pa.float32()),
 )
 LAYOUTS = dict(zip(STREAMS, (PROMPT_LOG, SEGMENT_LOG, STATE_LOG), strict=True))
-_STATE_TYPES = [field.type for field in STATE_LOG][2:]
+
+
+def _strings(numbers: np.ndarray, names: list[str]) -> pa.Array:
+    indices = pa.array(np.ascontiguousarray(numbers))
+    return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string())).dictionary_decode()
 
 
 class SegmentRows(NamedTuple):
-    """Columns of segments that were taken, one row each."""
+    """Columns of segments that were taken, one row each; the values of all rows one behind the other."""
 
     rollout_ids: list[int]
     lease_ids: list[int]
     starts: list[int]
     versions: list[int]
     finish_reasons: list[str]
+    lengths: list[int]
     tokens: list[np.ndarray]
     logprobs: list[np.ndarray]
 
@@ -173,6 +179,8 @@ class Log:
 
     def segments(self, rows: SegmentRows) -> Message:
         start = self._streams["segments"].next
+        offsets = np.zeros(len(rows.lengths) + 1, np.int32)
+        np.cumsum(rows.lengths, out=offsets[1:])
         message = self._put(
             "segments",
             pa.array(np.array(rows.rollout_ids, np.int64)),
@@ -180,16 +188,29 @@ class Log:
             pa.array(np.array(rows.starts, np.int32)),
             pa.array(np.array(rows.versions, np.int32)),
             pa.array(rows.finish_reasons, pa.string()),
-            list_array(rows.tokens, TOKENS),
-            list_array(rows.logprobs, LOGPROBS),
+            flat_lists(offsets, _joined(rows.tokens), TOKENS),
+            flat_lists(offsets, _joined(rows.logprobs), LOGPROBS),
         )
         batch = pa.ipc.read_record_batch(message, SEGMENT_LOG)
         tokens_at, logprobs_at = values_at(batch, message)
         return Message(start, message, start + tokens_at, start + logprobs_at)
 
-    def states(self, rows: Sequence[Transition]) -> None:
-        columns = zip(*rows, strict=True)
-        self._put("states", *(pa.array(c, kind) for c, kind in zip(columns, _STATE_TYPES, strict=True)))
+    def states(self, rows: StateRows) -> None:
+        columns = rows.columns()
+        engines, reasons = list(rows.engines), list(rows.reasons)
+        self._put(
+            "states",
+            pa.array(np.ascontiguousarray(columns["rollout_id"])),
+            pa.array(np.ascontiguousarray(columns["group_id"])),
+            _strings(columns["state"], STATE_NAMES),
+            pa.array(np.ascontiguousarray(columns["version"])),
+            pa.array(np.ascontiguousarray(columns["lease_id"])),
+            pa.array(np.ascontiguousarray(columns["attempts"])),
+            pa.array(np.ascontiguousarray(columns["batch_id"])),
+            _strings(columns["engine"], engines),
+            _strings(columns["reason"], reasons),
+            pa.array(np.ascontiguousarray(columns["reward"])),
+        )
 
     def _put(self, name: str, *columns: pa.Array) -> pa.Buffer:
         stream, rows = self._streams[name], len(columns[0])
@@ -224,6 +245,10 @@ class Log:
         for stream in self._streams.values():
             stream.close()
         os.close(self._journal)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def disk_full(folder: Path, error: Exception) -> Exception:

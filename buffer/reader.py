@@ -15,9 +15,9 @@ import pyarrow as pa
 from asyncrl.buffer import wire
 from asyncrl.buffer.arena import Arena, Region
 from asyncrl.buffer.connection import Answer, BlockingConnection, BufferAddress
+from asyncrl.buffer.handover import arrive
 from asyncrl.buffer.records import Counts, Selection, merge
 from asyncrl.buffer.reports import add_counts, add_reports
-from asyncrl.buffer.schema import BATCH
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,12 @@ class BlockingBufferClient:
         answer = self._shards[shard].ask(request, timeout_s=timeout_s)
         if not isinstance(answer.reply, wire.Batch):
             return None
-        return answer.reply.selection, wire.unpack_rows(self._body(shard, answer, room), BATCH)
+        selection, layout = answer.reply.selection, answer.reply.layout
+        return selection, arrive(layout, selection.rollout_ids, self._body(shard, answer, room))
 
-    def _body(self, shard: int, answer: Answer, room: Region | None) -> memoryview | bytes:
+    def _body(self, shard: int, answer: Answer, room: Region | None) -> memoryview:
         if answer.reply.in_room and self._arena is not None and room is not None:
-            # A copy, so that a batch may be kept for as long as one likes.
-            return bytes(self._arena.view(room)[: answer.reply.nbytes])
+            return self._arena.view(room)[: answer.reply.layout.nbytes]
         assert answer.body is not None
         self._attached.discard(shard)  # the service may be a new one, which has to be shown the arena
         return answer.body

@@ -30,6 +30,8 @@ SHARD: Final = pa.field("shard", pa.int32(), nullable=False)
 _READ_ORDER = ("states", "segments", "prompts")
 _MOST_TOKENS = 2**31 - 1
 """What the 32-bit offsets of one Arrow list column can hold."""
+_MESSAGE_MARK = b"\xff\xff\xff\xff"
+"""How each message of an Arrow IPC stream begins."""
 
 
 class LogError(ValueError):
@@ -77,32 +79,36 @@ def _read_file(path: Path, layout: pa.Schema, notes: list[str]) -> pa.Table:
     """Every whole batch of one file, as one chunk. A file that is gone, or damaged before its end, adds a note."""
     try:
         # Not mapped: a recovery may cut the file's torn end off, and a page that is gone kills its reader.
-        source = pa.BufferReader(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         notes.append(f"{path} is gone: the run deleted it while the log was read; its rows are missing")
         return layout.empty_table()
-    table = _whole_batches(source)
-    # A torn end is read up to the end of the file; what stops earlier did not stop for want of bytes.
-    if source.tell() < source.size():
+    table, damaged_at = _whole_batches(data)
+    if damaged_at is not None:
         notes.append(
-            f"{path} is damaged at byte {source.tell():,} of {source.size():,}: {table.num_rows:,} rows before that "
-            "were read, those after it are missing"
+            f"{path} is damaged at byte {damaged_at:,} of {len(data):,}: {table.num_rows:,} rows before that were "
+            "read, those after it are missing"
         )
     return _in_layout(table, layout, path).combine_chunks() if table.column_names else layout.empty_table()
 
 
-def _whole_batches(source: pa.NativeFile) -> pa.Table:
-    """A table without columns where not even the schema is whole."""
+def _whole_batches(data: bytes) -> tuple[pa.Table, int | None]:
+    """The rows, in a table without columns where not even the schema is whole; and where the file is damaged.
+
+    A torn message begins like every other and goes on past the end of the file; one that does not is damaged.
+    """
     batches: list[pa.RecordBatch] = []
-    schema = pa.schema([])
+    schema, source, begins = pa.schema([]), pa.BufferReader(data), 0
     try:
         reader = pa.ipc.open_stream(source)
         schema = reader.schema
         # Ends with the stream: StopIteration where it was closed, the others where it is torn or damaged.
         while True:
+            begins = source.tell()
             batches.append(reader.read_next_batch())
     except (StopIteration, pa.ArrowInvalid, OSError):
-        return pa.Table.from_batches(batches, schema)
+        torn = source.tell() == len(data) and _MESSAGE_MARK.startswith(data[begins : begins + 4])
+        return pa.Table.from_batches(batches, schema), None if torn else begins
 
 
 def _in_layout(table: pa.Table, layout: pa.Schema, path: Path) -> pa.Table:

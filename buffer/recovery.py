@@ -24,6 +24,7 @@ from asyncrl.buffer.errors import LogDamaged
 from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record, committed
 from asyncrl.buffer.log import LAYOUTS, file_of, journal_of, values_at
 from asyncrl.buffer.records import LedgerSettings, Transition
+from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ class _Fold:
     def settle(self) -> None:
         """After each commit, as in the service: closed rollouts are freed."""
         self._columns.drop(self._book.closed, self._book.closed_groups)
-        self._book.closed, self._book.closed_groups, self._book.rows = [], [], []
+        self._book.closed, self._book.closed_groups, self._book.rows = [], [], StateRows()
 
     def _prompts(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
         rows = zip(

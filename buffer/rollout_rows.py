@@ -204,11 +204,12 @@ def _kept_values(column: pa.ChunkedArray, answers: Answers) -> np.ndarray:
     """The values of the rows that count, cut to what they keep, in one array."""
     lists = column.take(pa.array(answers.rows)).combine_chunks()
     lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
-    flat = lists.flatten().to_numpy()
+    flat: np.ndarray = lists.flatten().to_numpy()
     if np.array_equal(lengths, answers.row_counts):
         return flat
     within = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return flat[within < np.repeat(answers.row_counts, lengths)]
+    kept: np.ndarray = flat[within < np.repeat(answers.row_counts, lengths)]
+    return kept
 
 
 def _rows_of_groups(prompts: pa.Table, group_ids: pa.Array) -> dict[str, pa.Array]:

@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import pyarrow as pa
 import xxhash
 import zmq
 
 from asyncrl.buffer import wire
-from asyncrl.buffer.arena import ArenaRefused, AttachedArena, Region
+from asyncrl.buffer.arena import ArenaRefused, AttachedArena
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, LeaseLost
 from asyncrl.buffer.keys import Authenticator, ServerKeys, secure_server
 from asyncrl.buffer.records import LedgerSettings
-from asyncrl.buffer.shard import Body, Shard
+from asyncrl.buffer.shard import Body, Handover, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,8 @@ class BufferService:
     def _bind(self, host: str, port: int) -> str:
         try:
             if not port:
-                port = self._socket.bind_to_random_port(f"tcp://{host}")
+                # Above what Linux gives to outgoing connections: nobody must have taken it when a restart wants it back.
+                port = self._socket.bind_to_random_port(f"tcp://{host}", min_port=61_000)
             else:
                 self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError:
@@ -167,7 +167,6 @@ class BufferService:
                 self._reply(address, request_id, self._answer(address, request, body))
         except (
             msgspec.MsgspecError,
-            pa.ArrowInvalid,
             BadRequest,
             LeaseLost,
             DiskFull,
@@ -207,11 +206,10 @@ class BufferService:
             else:
                 if answer is None and now < waiting.deadline and not self._stopping:
                     continue
-                reply, rows = answer or (_empty(waiting.request), None)
-                if isinstance(reply, wire.Batch) and rows is not None:
-                    self._hand_over(address, request_id, waiting.request, reply, rows)
+                if isinstance(answer, Handover):
+                    self._hand_over(address, request_id, waiting.request, answer)
                 else:
-                    self._reply(address, request_id, reply)
+                    self._reply(address, request_id, answer or _empty(waiting.request))
             self._waited_s[_WAITS[type(waiting.request)]] += now - waiting.since
             del self._waiting[address, request_id]
 
@@ -256,20 +254,18 @@ class BufferService:
             kind = BadRequest.__name__
         self._reply(address, request_id, wire.Problem(kind=kind, message=str(problem)))
 
-    def _hand_over(
-        self, address: bytes, request_id: bytes, request: wire.Waits, reply: wire.Batch, rows: pa.RecordBatch
-    ) -> None:
-        message = memoryview(rows.serialize())
+    def _hand_over(self, address: bytes, request_id: bytes, request: wire.Waits, batch: Handover) -> None:
+        """Copies the batch into the asker's arena if it fits there, else into a frame."""
+        nbytes = batch.layout.nbytes
         room = request.room if isinstance(request, wire.ReadBatch) else None
-        fits = self._place(address, room, message)
-        reply = msgspec.structs.replace(reply, nbytes=message.nbytes, in_room=fits)
-        self._reply(address, request_id, reply, None if fits else message)
-
-    def _place(self, address: bytes, room: Region | None, message: memoryview) -> bool:
-        if room is None or room.nbytes < message.nbytes or address not in self._arenas:
-            return False
-        self._arena(address).view(room)[: message.nbytes] = message.cast("B")
-        return True
+        in_room = room is not None and room.nbytes >= nbytes and address in self._arenas
+        if in_room and room is not None:
+            body = self._arena(address).view(room)[:nbytes]
+        else:
+            body = memoryview(bytearray(nbytes))
+        self._shard.fill(batch, body)
+        reply = wire.Batch(selection=batch.selection, layout=batch.layout, in_room=in_room)
+        self._reply(address, request_id, reply, None if in_room else body)
 
     # ---- arenas ------------------------------------------------------------------------------------------------
 

@@ -10,16 +10,16 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
-import pyarrow as pa
 
 from asyncrl.buffer import wire
 from asyncrl.buffer.blocks import Piece
 from asyncrl.buffer.columns import Prompt
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull, LeaseLost
+from asyncrl.buffer.handover import Layout, fill, lay_out
 from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.ledger import Prompt as Asked
 from asyncrl.buffer.log import SegmentRows
@@ -30,6 +30,14 @@ logger = logging.getLogger(__name__)
 
 _ROTATE_AGAIN_S = 10.0
 Body = bytes | memoryview
+
+
+class Handover(NamedTuple):
+    """A batch that was decided on; its body is still to be put somewhere."""
+
+    selection: Selection
+    rollouts: list[Rollout]
+    layout: Layout
 
 
 class Shard:
@@ -50,7 +58,7 @@ class Shard:
         self._clear()
 
     def _clear(self) -> None:
-        self._segments = SegmentRows([], [], [], [], [], [], [])
+        self._segments = SegmentRows([], [], [], [], [], [], [], [])
         self._admitted: list[tuple[Group, Prompt]] = []
 
     # ---- requests that are answered at once --------------------------------------------------------------------
@@ -99,33 +107,54 @@ class Shard:
 
     def _append(self, request: wire.Append, body: Body) -> wire.Refused:
         tokens, logprobs = _flat_columns(request, body)
-        rows, now, refused = self._segments, self._clock(), []
-        at = 0
-        append = self.ledger.append
-        for rollout_id, lease_id, start, version, count, finish_reason in zip(
-            request.rollout_ids,
-            request.lease_ids,
-            request.starts,
-            request.versions,
-            request.lengths,
-            request.finish_reasons,
-            strict=True,
-        ):
-            first, at = at, at + count
-            try:
-                new = append(rollout_id, lease_id, start, count, version, finish_reason, now)
-            except LeaseLost:
-                refused.append(rollout_id)
-                continue
-            if new:
-                rows.rollout_ids.append(rollout_id)
-                rows.lease_ids.append(lease_id)
-                rows.starts.append(start)
-                rows.versions.append(version)
-                rows.finish_reasons.append(finish_reason)
-                rows.tokens.append(tokens[first:at])
-                rows.logprobs.append(logprobs[first:at])
+        append, now = self.ledger.append, self._clock()
+        refused: list[int] = []
+        taken: list[int] = []
+        try:
+            for row, (rollout_id, lease_id, start, count, version, finish_reason) in enumerate(
+                zip(
+                    request.rollout_ids,
+                    request.lease_ids,
+                    request.starts,
+                    request.lengths,
+                    request.versions,
+                    request.finish_reasons,
+                    strict=True,
+                )
+            ):
+                try:
+                    if append(rollout_id, lease_id, start, count, version, finish_reason, now):
+                        taken.append(row)
+                except LeaseLost:
+                    refused.append(rollout_id)
+        finally:
+            # Rows before a bad one were taken: the log must hold exactly what the ledger holds.
+            self._keep(request, taken, tokens, logprobs)
         return wire.Refused(rollout_ids=refused)
+
+    def _keep(self, request: wire.Append, taken: list[int], tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        rows = self._segments
+        columns = (
+            (rows.rollout_ids, request.rollout_ids),
+            (rows.lease_ids, request.lease_ids),
+            (rows.starts, request.starts),
+            (rows.versions, request.versions),
+            (rows.finish_reasons, request.finish_reasons),
+            (rows.lengths, request.lengths),
+        )
+        if len(taken) == len(request.rollout_ids):
+            for mine, theirs in columns:
+                mine.extend(theirs)  # type: ignore[arg-type]
+            rows.tokens.append(tokens)
+            rows.logprobs.append(logprobs)
+            return
+        ends = np.cumsum(request.lengths)
+        for row in taken:
+            for mine, theirs in columns:
+                mine.append(theirs[row])  # type: ignore[arg-type]
+            first = ends[row] - request.lengths[row]
+            rows.tokens.append(tokens[first : ends[row]])
+            rows.logprobs.append(logprobs[first : ends[row]])
 
     def _score(self, scored: list[wire.Scored]) -> wire.Refused:
         for s in scored:
@@ -160,14 +189,14 @@ class Shard:
 
     # ---- requests that wait ------------------------------------------------------------------------------------
 
-    def attempt(self, request: wire.Waits, body: Body) -> tuple[wire.Reply, pa.RecordBatch | None] | None:
-        """The answer, if there is one now. A batch is answered with `Batch(nbytes=0)` and its rows."""
+    def attempt(self, request: wire.Waits, body: Body) -> wire.Reply | Handover | None:
+        """The answer, if there is one now."""
         match request:
             case wire.Capacity():
                 capacity = 0 if self._clock() < self._frozen_until else self.ledger.capacity
-                return (wire.Number(value=capacity), None) if capacity else None
+                return wire.Number(value=capacity) if capacity else None
             case wire.Admit():
-                return None if self._clock() < self._frozen_until else (self._admit(request, body), None)
+                return None if self._clock() < self._frozen_until else self._admit(request, body)
             case wire.Lease():
                 rollouts = self.ledger.lease(
                     request.engine_id,
@@ -176,7 +205,7 @@ class Shard:
                     request.after,
                     next_batch_only=self.store.blocks.is_full,
                 )
-                return (wire.Leases(rollouts=[self._leased(r) for r in rollouts]), None) if rollouts else None
+                return wire.Leases(rollouts=[self._leased(r) for r in rollouts]) if rollouts else None
             case wire.ReadBatch(after=after):
                 selection = self.ledger.select(after)
                 return self._batch(selection) if selection else None
@@ -221,12 +250,15 @@ class Shard:
             prompt.payload,
         )
 
-    def _batch(self, selection: Selection) -> tuple[wire.Reply, pa.RecordBatch]:
+    def _batch(self, selection: Selection) -> Handover:
         rollouts = [self.ledger.book.rollouts[r] for r in selection.rollout_ids]
         oldest = selection.version - self._settings.max_staleness_versions
-        rows = self.store.columns.batch(rollouts, oldest)
+        return Handover(selection, rollouts, lay_out(rollouts, self.store.columns, oldest))
+
+    def fill(self, batch: Handover, body: memoryview) -> None:
+        """Puts the body of a batch where it will be read."""
+        fill(body, batch.layout, batch.rollouts, self.store.columns)
         self.store.blocks.give_back()
-        return wire.Batch(selection=selection, nbytes=0, in_room=False), rows
 
     def expire(self) -> None:
         for rollout in self.ledger.expire(self._clock()):
@@ -252,8 +284,7 @@ class Shard:
                 self.store.log.generation, message.start, memoryview(message.buffer)
             )
             at, columns = 0, self.store.columns
-            for rollout_id, version, tokens in zip(rows.rollout_ids, rows.versions, rows.tokens, strict=True):
-                count = len(tokens)
+            for rollout_id, version, count in zip(rows.rollout_ids, rows.versions, rows.lengths, strict=True):
                 if count:
                     columns.append(
                         rollout_id,
@@ -269,7 +300,7 @@ class Shard:
         """All changes so far are in the log when it returns. Raises DiskFull: call again, and change nothing until then."""
         self.seal()
         rows = self.ledger.take_rows()
-        if rows:
+        if len(rows):
             self.store.log.states(rows)
         self.store.log.commit()
         self.store.blocks.written()
@@ -321,7 +352,8 @@ def _flat_columns(request: wire.Append, body: Body) -> tuple[np.ndarray, np.ndar
         )
     tokens = np.frombuffer(body, np.int32, total)
     logprobs = np.frombuffer(body, np.float32, total, 4 * total)
-    if not np.isfinite(logprobs).all():
+    # A sum is finite when all are, unless it overflows; only then they are looked at one by one.
+    if total and not np.isfinite(logprobs.sum()) and not np.isfinite(logprobs).all():
         bad = int(np.flatnonzero(~np.isfinite(logprobs))[0])
         row = int(np.searchsorted(np.cumsum(request.lengths), bad, side="right"))
         raise BadRequest(

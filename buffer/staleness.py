@@ -68,6 +68,8 @@ def ages(handover_version: int, completed_version: int, spans: Sequence[tuple[in
     In flight is from sampling to the end of the rollout, in queue from there to hand-over; `spans` are
     (version, tokens).
     """
-    tokens = sum(count for _, count in spans)
-    in_flight = sum((completed_version - version) * count for version, count in spans)
-    return in_flight, (handover_version - completed_version) * tokens
+    in_flight = tokens = 0
+    for version, count in spans:
+        tokens += count
+        in_flight += staleness(completed_version, version) * count
+    return in_flight, staleness(handover_version, completed_version) * tokens

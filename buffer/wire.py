@@ -1,7 +1,7 @@
 """What is said to a shard of the buffer and what it answers: msgspec structs in MessagePack, never pickle.
 
-A request is the frames [request id, header, body?], a reply [request id, header, body?]. A body is raw columns (their
-lengths are in the header), or one Arrow record batch where the header's docstring says so. It lies in the last frame or,
+A request is the frames [request id, header, body?], a reply [request id, header, body?]. A body is raw columns,
+whose lengths are in the header: no Arrow message for a few rows at a time, which costs more than all else. It lies in the last frame or,
 between processes of one host, in the asker's arena: then the header names the region and the frame is left out.
 
 Requests that can wait carry `timeout_s`: the service answers as soon as it can and at the latest then, with an empty result.
@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-import pyarrow as pa
 
 from asyncrl.buffer.arena import ArenaLocation, Region
+from asyncrl.buffer.handover import Layout
 from asyncrl.buffer.records import Counts, Selection
 from asyncrl.buffer.store import Recovery
 
@@ -119,7 +119,7 @@ class EngineLost(_Request, frozen=True, kw_only=True, tag="engine_lost"):
 
 
 class ReadBatch(_Request, frozen=True, kw_only=True, tag="read_batch"):
-    """The next batch; waits until there is a valid one. -> Batch, body an Arrow batch of BATCH (or Number at the deadline)"""
+    """The next batch; waits until there is a valid one. -> Batch, body as `handover` says (or Number at the deadline)"""
 
     after: _Id
     """The last batch that the reader got from this shard; 0 before the first."""
@@ -237,10 +237,9 @@ class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
 
 class Batch(_Reply, frozen=True, kw_only=True, tag="batch"):
     selection: Selection
-    nbytes: int
-    """Of the body."""
+    layout: Layout
     in_room: bool
-    """It lies in the region that the request named, else in the last frame."""
+    """The body lies in the region that the request named, else in the last frame."""
 
 
 class Balance(_Reply, frozen=True, kw_only=True, tag="balance"):
@@ -293,10 +292,3 @@ Reply = Attached | Number | Admitted | Leases | Refused | Batch | Balance | Snap
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
-
-
-def unpack_rows(body: memoryview | bytes, layout: pa.Schema) -> pa.RecordBatch:
-    """Raises pa.ArrowInvalid where the bytes are no batch of this schema. Zero-copy: `body` must stay alive."""
-    rows = pa.ipc.read_record_batch(pa.py_buffer(body), layout)
-    rows.validate()
-    return rows

@@ -64,6 +64,15 @@ HELD_ROLLOUTS: Final = 4096
 PROMPT: Final = list(range(64))
 
 
+PROFILED: Final = """
+import cProfile, sys, time
+from asyncrl.buffer import process
+profile = cProfile.Profile(time.thread_time)
+profile.runcall(process.main, sys.argv[1])
+profile.dump_stats(sys.argv[2])
+"""
+
+
 class Shards:
     """Services as processes of their own; `close` ends them."""
 
@@ -87,9 +96,9 @@ class Shards:
                 parent=os.getpid(),
             )
             path.write_bytes(msgspec.json.encode(process))
-            profiled = ["-m", "cProfile", "-o", profile] if profile else []
-            command = [sys.executable, "-P", *profiled, "-m", "asyncrl.buffer.process", str(path)]
-            self.processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+            code = ["-c", PROFILED, str(path), profile] if profile else ["-m", "asyncrl.buffer.process", str(path)]
+            with (folder / f"log-{shard}").open("wb") as log:
+                self.processes.append(subprocess.Popen([sys.executable, "-P", *code], stderr=log))
         self.address = BufferAddress(endpoints=tuple(self._endpoint(f) for f in files), keys=client)
 
     def _endpoint(self, file: Path) -> str:
@@ -270,13 +279,6 @@ def speed(args: argparse.Namespace) -> dict[str, object]:
     rich.print(rivals.table(figures, missing))
     rows = [dataclasses.asdict(each) | {"sums": msgspec.structs.asdict(each.sums)} for each in figures]
     return {"batch": args.batch, "rounds": args.rounds, "figures": rows, "not_installed": missing}
-
-
-PARTS: Final = {
-    "the socket": ("recv_multipart", "send_multipart", "poll", "{method 'recv", "{method 'send", "_zmq"),
-    "messages": ("wire.py", "Decoder", "encode", "decode"),
-    "checks of tokens": ("_flat_columns", "xxh3", "isfinite"),
-}
 
 
 def account(args: argparse.Namespace) -> dict[str, object]:

@@ -648,11 +648,8 @@ class TransferQueue(Rival):
             client.clear_samples(meta)
             for slot, _ in turns:
                 self._turns.release(slot)
-            ids, logprobs, versions = (data[name] for name in self._fields)
-            lengths = ids.offsets().diff().numpy()
-            return Push(
-                ids.values().numpy(), logprobs.values().numpy(), lengths, versions.values().numpy()[:, 0]
-            )
+            ids, logprobs, versions = (data[name].values().numpy() for name in self._fields)
+            return Push(ids, logprobs, data["ids"].offsets().diff().numpy(), versions)
 
         with self._client() as client:
             yield receive
