@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -79,9 +79,8 @@ class Book:
     def admit(self, group_id: int, rollout_ids: Sequence[int], prompt_id: str, position: int) -> Group:
         group = self.groups[group_id] = Group(group_id, prompt_id, position)
         for rollout_id in rollout_ids:
-            rollout = group.rollouts[rollout_id] = self.rollouts[rollout_id] = Rollout(rollout_id, group)
+            group.rollouts[rollout_id] = self.rollouts[rollout_id] = Rollout(rollout_id, group)
             heapq.heappush(self.queue, (_FRESH, group_id, rollout_id))
-            self.note(rollout)
         shards = self.settings.shards
         self.next_group = max(self.next_group, group_id // shards + 1)
         self.next_rollout = max(self.next_rollout, rollout_ids[-1] // shards + 1)
@@ -90,18 +89,26 @@ class Book:
         self.admitted += len(rollout_ids)
         return group
 
-    def lease(self, rollout: Rollout, engine_id: str, lease_id: int, now: float) -> None:
-        self._move(rollout, _LEASED)
-        rollout.lease_id, rollout.engine_id, rollout.touched = lease_id, engine_id, now
-        heapq.heappush(
-            self.expiry, (now + self.settings.lease_timeout_s, rollout.rollout_id, rollout.lease_id)
-        )
+    def note_admitted(self, groups: Iterable[Group]) -> None:
+        self.rows.add_many([r for g in groups for r in g.rollouts.values()], self.version)
+
+    def lease(self, rollouts: Sequence[Rollout], engine_id: str, first_lease_id: int, now: float) -> None:
+        """Leases of consecutive ids, all of one engine."""
+        deadline = now + self.settings.lease_timeout_s
+        expiry, lease_id = self.expiry, first_lease_id
+        for rollout in rollouts:
+            rollout.state = _LEASED
+            rollout.lease_id, rollout.engine_id, rollout.touched = lease_id, engine_id, now
+            heapq.heappush(expiry, (deadline, rollout.rollout_id, lease_id))
+            lease_id += 1
+        self.by_state[_QUEUED] -= len(rollouts)
+        self.by_state[_LEASED] += len(rollouts)
         engine = self.engines.get(engine_id)
         if engine is None:
             engine = self.engines[engine_id] = EngineRecord(now)
-        engine.seen, engine.last_lease_id = now, max(engine.last_lease_id, lease_id)
-        self.next_lease = max(self.next_lease, lease_id + 1)
-        self.note(rollout)
+        engine.seen, engine.last_lease_id = now, max(engine.last_lease_id, lease_id - 1)
+        self.next_lease = max(self.next_lease, lease_id)
+        self.rows.add_many(rollouts, self.version)
 
     def requeue(self, rollout: Rollout, reason: str, attempts: int) -> None:
         """Takes the lease away. With one more attempt than before its tokens are forgotten too."""
@@ -150,11 +157,14 @@ class Book:
     def batch(self, groups: list[Group], batch_id: int) -> None:
         self.batches[batch_id] = groups
         self.next_batch = max(self.next_batch, batch_id + 1)
+        rollouts = [r for group in groups for r in group.rollouts.values()]
         for group in groups:
             self.mark_batched(group, batch_id)
-            for rollout in group.rollouts.values():
-                self._move(rollout, _BATCHED)
-                self.note(rollout)
+        for rollout in rollouts:
+            rollout.state = _BATCHED
+        self.by_state[_SCORED] -= len(rollouts)
+        self.by_state[_BATCHED] += len(rollouts)
+        self.rows.add_many(rollouts, self.version)
 
     def mark_batched(self, group: Group, batch_id: int) -> None:
         group.batch_id = batch_id
@@ -162,21 +172,14 @@ class Book:
             self._count_age(group.oldest_version, -1)
 
     def close(self, rollout: Rollout, state: State, reason: str) -> None:
-        """The end of a rollout; with its last rollout a group ends, with its last group a batch."""
+        """The end of a rollout that is not trained; with its last rollout a group ends, with its last group a batch."""
         group = rollout.group
         self.by_state[rollout.state] -= 1
         if rollout.state is _SCORED:
             group.scored -= 1
         rollout.state = state
         self.lengths[rollout.length] += 1
-        if state is State.TRAINED:
-            self.trained += 1
-            versions = len(rollout.spans)
-            if versions > 1:
-                versions = len({v for v, _ in rollout.spans})
-                self.spanning_trained += versions > 1
-            self.most_versions = max(self.most_versions, versions)
-        elif state is State.DROPPED:
+        if state is State.DROPPED:
             self.dropped[reason] += 1
             self.dropped_lengths[rollout.length] += 1
         else:
@@ -191,6 +194,26 @@ class Book:
             self._close_group(group)
         elif rollout.spans and not group.batch_id:
             self.find_age(group)  # its tokens are in no batch any more
+
+    def train(self, rollouts: Sequence[Rollout]) -> None:
+        """The end of rollouts that were handed over."""
+        for rollout in rollouts:
+            rollout.state = State.TRAINED
+        self.rows.add_many(rollouts, self.version)
+        self.by_state[_BATCHED] -= len(rollouts)
+        self.trained += len(rollouts)
+        for rollout in rollouts:
+            rollout_id, spans, group = rollout.rollout_id, rollout.spans, rollout.group
+            self.lengths[rollout.length] += 1
+            versions = 1 if len(spans) == 1 else len({v for v, _ in spans})
+            if versions > 1:
+                self.spanning_trained += 1
+            if versions > self.most_versions:
+                self.most_versions = versions
+            del self.rollouts[rollout_id], group.rollouts[rollout_id]
+            self.closed.append(rollout_id)
+            if not group.rollouts:
+                self._close_group(group)
 
     def publish(self, version: int) -> None:
         self.version, self.serving = version, True
@@ -275,13 +298,15 @@ class Book:
                 if rollout.state is not _QUEUED:  # else it tells of the admission
                     self.requeue(rollout, row.reason, row.attempts)
             case State.LEASED:
-                self.lease(rollout, row.engine_id, row.lease_id, now)
+                self.lease([rollout], row.engine_id, row.lease_id, now)
             case State.COMPLETE:
                 self.complete(rollout, row.reason)
             case State.SCORED:
                 self.score(rollout, row.reward)
             case State.BATCHED:
                 self._replay_batched(rollout, row.batch_id)
+            case State.TRAINED:
+                self.train([rollout])
             case _:
                 self.close(rollout, state, row.reason)
 

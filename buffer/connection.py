@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 GRACE_S = 60.0
 """How much longer than a request's own waiting time its answer may take: a restart of the service fits in."""
 _ASK_AGAIN_S = 2.0
+"""After the time at which the answer was due."""
+_ASK_WAITING_S = 8.0
 _DISK_FULL_S = 900.0
 _DISK_FULL_PAUSE_S = 1.0
 _ERRORS: dict[str, type[BufferFault]] = {e.__name__: e for e in (LeaseLost, DiskFull, ArenaUnknown)}
@@ -60,15 +62,16 @@ class Patience:
         now = time.monotonic()
         self._total_s = timeout_s + grace_s
         self._end = now + self._total_s
-        self._first_s = timeout_s + _ASK_AGAIN_S
+        self._due = now + timeout_s
         self._disk_end = now + _DISK_FULL_S
 
     def waits(self) -> Iterator[float]:
-        """Seconds to wait after each time of asking; ends when it is time to give up."""
-        wait_s = self._first_s
-        while (left := self._end - time.monotonic()) > 0:
-            yield min(wait_s, left)
-            wait_s = _ASK_AGAIN_S
+        """Seconds to wait after each time of asking; ends when it is time to give up.
+
+        What may take long is asked again on the way too: a service that was started anew knows nothing of it.
+        """
+        while (left := self._end - (now := time.monotonic())) > 0:
+            yield min(_ASK_AGAIN_S + min(_ASK_WAITING_S, max(0.0, self._due - now)), left)
 
     def for_disk(self, error: DiskFull) -> float:
         """The disk is full, the service lives: seconds to wait before asking again. Raises `error` in the end."""

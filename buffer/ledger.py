@@ -34,6 +34,8 @@ from asyncrl.buffer.records import (
 from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
 
+_RECOUNT_EVERY = 16
+"""Commits. The equation is checked at each; at these every live rollout is looked up too."""
 _HELD = (State.LEASED, State.COMPLETE)
 
 
@@ -92,6 +94,7 @@ class Ledger:
             ids = [(book.next_rollout + i) * shards + shard for i in range(size)]
             group_id = book.next_group * shards + shard
             admitted.append(book.admit(group_id, ids, prompt.prompt_id, prompt.position))
+        book.note_admitted(group for group in admitted if group is not None)
         return admitted
 
     # ---- leases ------------------------------------------------------------------------------------------------
@@ -133,10 +136,11 @@ class Ledger:
                 if len(passed) > len(allowed):
                     break
                 continue
-            book.lease(rollout, engine_id, book.next_lease, now)
             leased.append(rollout)
         for entry in passed:
             heapq.heappush(book.queue, entry)
+        if leased:
+            book.lease(leased, engine_id, book.next_lease, now)
         return leased
 
     def _undelivered(self, engine_id: str, after: int | None, now: float) -> list[Rollout]:
@@ -355,10 +359,9 @@ class Ledger:
         if groups is None:
             raise BadRequest(f"batch {batch_id} is not handed over (open: {sorted(book.batches)})")
         book.version = version
-        for rollout in [r for g in groups for r in g.rollouts.values()]:
-            book.close(rollout, State.TRAINED, "")
+        book.train([r for g in groups for r in g.rollouts.values()])
         self._nothing_to_read = False
-        return self.check()
+        return self.check(every_rollout=version % _RECOUNT_EVERY == 0)
 
     def publish(self, version: int) -> None:
         """The engines confirmed `version`, at the start of a run or after a restore: prompts and leases may go out."""
@@ -390,12 +393,13 @@ class Ledger:
             live=len(book.rollouts),
         )
 
-    def check(self) -> Counts:
-        """Recounts the equation from the live rollouts and groups, not from the counters alone."""
-        counts = self.counts()
-        book = self.book
+    def check(self, *, every_rollout: bool = True) -> Counts:
+        """Recounts the equation from the live rollouts, groups and states, not from the counters alone."""
+        counts, book = self.counts(), self.book
         members = sum(len(g.rollouts) for g in book.groups.values())
-        orphans = [r for g in book.groups.values() for r in g.rollouts if r not in book.rollouts]
+        orphans: list[int] = []
+        if every_rollout:
+            orphans = [r for g in book.groups.values() for r in g.rollouts if r not in book.rollouts]
         if not counts.holds or members != counts.live or orphans or sum(book.by_state) != counts.live:
             raise ConservationError(
                 f"at version {self.version}: {counts}, rollouts of live groups {members}, by state "

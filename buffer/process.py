@@ -7,6 +7,7 @@ its parent, on `Stop`, or on SIGTERM. Used by the benchmark, by tests that kill 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 
 from asyncrl.buffer import base
 from asyncrl.buffer.config import BufferConfig
@@ -38,12 +40,30 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: int = 0
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def tune_process() -> None:
+    """For a process that serves a shard and does nothing else: memory that was touched once is used again.
+
+    Without it every message of some size is mapped and unmapped anew (a page fault for each 4 KiB), and the cycle collector
+    walks all live rollouts over and over, which are no cycles once they are closed.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
+    pa.set_memory_pool(pa.system_memory_pool())
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 def main(path: str) -> None:
     config = msgspec.json.decode(Path(path).read_bytes(), type=ProcessConfig)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != config.parent:
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    tune_process()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     service = BufferService(
         settings=config.settings,

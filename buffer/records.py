@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -191,13 +190,9 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 def describe(batch_id: int, version: int, groups: Sequence[Group], bound: int) -> Selection:
     """The figures of a batch that leaves at `version`."""
     rollouts = [r for g in groups for r in g.rollouts.values()]
-    by_age: Counter[int] = Counter()
-    in_flight = in_queue = 0
-    for rollout in rollouts:
-        for token_version, count in rollout.spans:
-            by_age[staleness.staleness(version, token_version)] += count
-        flight, queue = staleness.ages(version, rollout.completed_version, rollout.spans)
-        in_flight, in_queue = in_flight + flight, in_queue + queue
+    by_age, in_flight, in_queue = staleness.ageing(
+        version, ((r.completed_version, r.spans) for r in rollouts)
+    )
     tokens = sum(by_age.values())
     fresh = {
         age: count for age, count in by_age.items() if staleness.is_trainable(version, version - age, bound)

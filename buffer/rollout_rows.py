@@ -96,21 +96,18 @@ class Lives:
 
     def attempt(self) -> Attempt:
         rollout, attempts = self.states["rollout_id"].to_numpy(), self.states["attempts"].to_numpy()
-        queued = self._are([State.QUEUED.name])
-        again = queued.copy()
+        again = self._are([State.QUEUED.name]).copy()
         again[:1] = False
         again[1:] &= (rollout[1:] == rollout[:-1]) & (attempts[1:] > attempts[:-1])
         row = self._latest(again)
-        admitted = (queued & self._are([""], "reason"))[self._first]
-        seen = np.where(row >= 0, attempts[row], np.where(admitted, attempts[self._first], 0))
         return Attempt(
             from_seq=np.where(row >= 0, self.states["seq"].to_numpy()[row], -1),
             finished=self._latest(self._are(_ALL_TOKENS)) > row,
-            untraced=attempts[self._last] != seen,
+            untraced=attempts[self._last] != np.where(row >= 0, attempts[row], 0),
         )
 
-    def _are(self, names: list[str], column: str = "state") -> Flags:
-        return np.asarray(pc.is_in(self.states[column], pa.array(names)).to_numpy())
+    def _are(self, names: list[str]) -> Flags:
+        return np.asarray(pc.is_in(self.states["state"], pa.array(names)).to_numpy())
 
     def _latest(self, rows: Flags) -> Ints:
         """Index of each rollout's last row that is set, else -1."""

@@ -7,11 +7,11 @@ takes whole columns of them. Called by `book`, `log`, and tests.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from asyncrl.buffer.records import PUBLISHED, Transition
+from asyncrl.buffer.records import PUBLISHED, Rollout, Transition
 from asyncrl.buffer.schema import State
 
 STATE_NAMES = [*(state.name for state in State), PUBLISHED]
@@ -30,6 +30,8 @@ _LAYOUT = np.dtype(
         ("state", "<i4"),
     ]
 )
+_FEW = 16
+"""Rows from which numpy pays."""
 _pack = struct.Struct("<qqqqiiiifi").pack
 
 
@@ -68,6 +70,36 @@ class StateRows:
         self._data += _pack(
             rollout_id, group_id, lease_id, batch_id, version, attempts, engine, number, reward, state
         )
+
+    def add_many(self, rollouts: Sequence[Rollout], version: int) -> None:
+        """A row for each of the rollouts as they stand, without a reason; what is the same for all is written once."""
+        if len(rollouts) < _FEW:
+            for r in rollouts:
+                group = r.group
+                self.add(
+                    r.rollout_id,
+                    group.group_id,
+                    r.state,
+                    version,
+                    r.lease_id,
+                    r.attempts,
+                    group.batch_id,
+                    r.engine_id,
+                    "",
+                    0.0,
+                )
+            return
+        rows = np.zeros(len(rollouts), _LAYOUT)
+        number = self.engines.setdefault
+        rows["rollout_id"] = [r.rollout_id for r in rollouts]
+        rows["group_id"] = [r.group.group_id for r in rollouts]
+        rows["lease_id"] = [r.lease_id for r in rollouts]
+        rows["batch_id"] = [r.group.batch_id for r in rollouts]
+        rows["attempts"] = [r.attempts for r in rollouts]
+        rows["engine"] = [number(r.engine_id, len(self.engines)) for r in rollouts]
+        rows["state"] = rollouts[0].state
+        rows["version"] = version
+        self._data += rows.tobytes()
 
     def published(self, version: int) -> None:
         self.add(0, 0, _PUBLISHED, version, 0, 0, 0, "", "", 0.0)

@@ -157,12 +157,10 @@ class BufferService:
             return
         address, request_id, header = frames[0], frames[1], frames[2]
         try:
-            request = wire.decode_request(header)
+            request = _decode(header)
             body = self._body(address, request, frames)
             if isinstance(request, wire.Waits):
-                now = self._clock()
-                # The same request again takes the place of the first: its asker may have lost the connection.
-                self._waiting[address, request_id] = Waiting(request, body, now, now + request.timeout_s)
+                self._wait(address, request_id, request, body)
             else:
                 self._reply(address, request_id, self._answer(address, request, body))
         except (
@@ -174,6 +172,13 @@ class BufferService:
         ) as problem:
             # The asker's mistake, told to the asker. Anything else is ours and ends the process.
             self._refuse(address, request_id, problem)
+
+    def _wait(self, address: bytes, request_id: bytes, request: wire.Waits, body: Body) -> None:
+        """The same request once more takes the place of the first (its asker may have lost the connection) and keeps its
+        deadline: who asks again and again would else never be told that there is nothing."""
+        first = self._waiting.get((address, request_id))
+        since = first.since if first else self._clock()
+        self._waiting[address, request_id] = Waiting(request, body, since, since + request.timeout_s)
 
     def _body(self, address: bytes, request: wire.Request, frames: list[bytes]) -> Body:
         if isinstance(request, wire.Append) and request.region is not None:
@@ -201,15 +206,14 @@ class BufferService:
         for (address, request_id), waiting in list(self._waiting.items()):
             try:
                 answer = self._shard.attempt(waiting.request, waiting.body)
-            except (BadRequest, LeaseLost) as problem:
-                self._refuse(address, request_id, problem)
-            else:
                 if answer is None and now < waiting.deadline and not self._stopping:
                     continue
                 if isinstance(answer, Handover):
                     self._hand_over(address, request_id, waiting.request, answer)
                 else:
                     self._reply(address, request_id, answer or _empty(waiting.request))
+            except (BadRequest, LeaseLost) as problem:
+                self._refuse(address, request_id, problem)
             self._waited_s[_WAITS[type(waiting.request)]] += now - waiting.since
             del self._waiting[address, request_id]
 
@@ -318,5 +322,16 @@ class BufferService:
         )
 
 
+def _decode(header: bytes) -> wire.Request:
+    try:
+        return wire.decode_request(header)
+    except RecursionError as error:
+        raise BadRequest("the header is nested deeper than any request is") from error
+
+
 def _empty(request: wire.Waits) -> wire.Reply:
-    return wire.Leases(rollouts=[]) if isinstance(request, wire.Lease) else wire.Number(value=0)
+    if isinstance(request, wire.Lease):
+        return wire.Leases(rollouts=[])
+    if isinstance(request, wire.Admit):
+        return wire.Admitted(admitted=0, passed_over=0)
+    return wire.Number(value=0)

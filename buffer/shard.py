@@ -29,6 +29,7 @@ from asyncrl.buffer.store import SnapshotFile, Store
 logger = logging.getLogger(__name__)
 
 _ROTATE_AGAIN_S = 10.0
+_LARGEST_REWARD = float(np.finfo(np.float32).max)
 Body = bytes | memoryview
 
 
@@ -158,8 +159,10 @@ class Shard:
 
     def _score(self, scored: list[wire.Scored]) -> wire.Refused:
         for s in scored:
-            if not np.isfinite(s.reward):
-                raise BadRequest(f"reward of rollout {s.rollout_id} is {s.reward}: rewards must be finite")
+            if not abs(s.reward) <= _LARGEST_REWARD:  # nor where it is NaN
+                raise BadRequest(
+                    f"reward of rollout {s.rollout_id} is {s.reward}: rewards must be finite (as float32)"
+                )
         refused = []
         for s in scored:
             try:

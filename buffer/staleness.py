@@ -15,7 +15,9 @@ Called by the ledger only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 
 def staleness(handover_version: int, token_version: int) -> int:
@@ -62,14 +64,24 @@ def drops_by_length_decile(lengths: Mapping[int, int], dropped: Mapping[int, int
     return deciles
 
 
-def ages(handover_version: int, completed_version: int, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Token-weighted ageing of one rollout: (in flight, in queue), in versions x tokens.
+class Ageing(NamedTuple):
+    """Of the tokens of a batch. Sums are in versions x tokens."""
 
-    In flight is from sampling to the end of the rollout, in queue from there to hand-over; `spans` are
-    (version, tokens).
-    """
-    in_flight = tokens = 0
-    for version, count in spans:
-        tokens += count
-        in_flight += staleness(completed_version, version) * count
-    return in_flight, staleness(handover_version, completed_version) * tokens
+    tokens_by_staleness: dict[int, int]
+    in_flight: int
+    """From sampling to the end of the rollout."""
+    in_queue: int
+    """From there to hand-over."""
+
+
+def ageing(handover_version: int, answers: Iterable[tuple[int, Sequence[tuple[int, int]]]]) -> Ageing:
+    """`answers`: for each rollout the version at which it was complete, and its spans (version, tokens)."""
+    by_staleness: dict[int, int] = defaultdict(int)
+    in_flight = in_queue = 0
+    for completed_version, spans in answers:
+        in_queue_each = handover_version - completed_version
+        for token_version, tokens in spans:
+            by_staleness[handover_version - token_version] += tokens
+            in_flight += (completed_version - token_version) * tokens
+            in_queue += in_queue_each * tokens
+    return Ageing(dict(by_staleness), in_flight, in_queue)
