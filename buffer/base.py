@@ -8,9 +8,11 @@ is `x`, but for leases' clocks, which start anew. Called by `shard` and `recover
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +20,7 @@ import numpy as np
 import xxhash
 
 from asyncrl.buffer.blocks import Block, Blocks, Piece
-from asyncrl.buffer.book import Book
+from asyncrl.buffer.book import Book, extend_spans
 from asyncrl.buffer.columns import Columns, Prompt
 from asyncrl.buffer.records import EngineRecord, Group, LedgerSettings, Rollout
 from asyncrl.buffer.schema import State
@@ -26,29 +28,44 @@ from asyncrl.buffer.schema import State
 _CHECK = struct.Struct("<Q")
 
 
-class RolloutState(msgspec.Struct, frozen=True, array_like=True):
-    rollout_id: int
-    state: int
-    lease_id: int
-    scored_lease_id: int
-    engine_id: str
-    spans: list[tuple[int, int]]
-    attempts: int
-    completed_version: int
-    finish_reason: str
-    reward: float
-    pieces: list[tuple[int, int, int, int, int]]
-    """(generation, tokens_at, logprobs_at, count, version)"""
+class GroupColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Live groups, one entry of each list, in the order of their ids."""
+
+    group_ids: list[int]
+    prompt_ids: list[str]
+    positions: list[int]
+    batch_ids: list[int]
+    prompts: list[bytes]
+    """int32 tokens"""
+    payloads: list[str]
+    sizes: list[int]
+    """Rollouts that are not closed."""
 
 
-class GroupState(msgspec.Struct, frozen=True, array_like=True):
-    group_id: int
-    prompt_id: str
-    position: int
-    batch_id: int
-    tokens: bytes
-    payload: str
-    rollouts: list[RolloutState]
+class RolloutColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The rollouts of the groups, group by group."""
+
+    rollout_ids: list[int]
+    states: list[int]
+    lease_ids: list[int]
+    scored_lease_ids: list[int]
+    engine_ids: list[str]
+    attempts: list[int]
+    completed_versions: list[int]
+    finish_reasons: list[str]
+    rewards: list[float]
+    pieces: list[int]
+    """How many."""
+
+
+class PieceColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the tokens of the rollouts lie, rollout by rollout."""
+
+    generations: list[int]
+    tokens_at: list[int]
+    logprobs_at: list[int]
+    lengths: list[int]
+    versions: list[int]
 
 
 class BaseState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,10 +93,15 @@ class BaseState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """engine_id -> last lease"""
     batches: dict[int, list[int]]
     """batch_id -> group_ids in the order of hand-over"""
-    groups: list[GroupState]
+    groups: GroupColumns
+    rollouts: RolloutColumns
+    pieces: PieceColumns
 
 
 def dump(book: Book, columns: Columns, generation: int, history: list[int], next_seq: int) -> BaseState:
+    groups = [g for _, g in sorted(book.groups.items())]
+    rollouts = [r for g in groups for r in g.rollouts.values()]
+    answers = [columns.answers[r.rollout_id] for r in rollouts]
     return BaseState(
         generation=generation,
         history=history,
@@ -99,36 +121,47 @@ def dump(book: Book, columns: Columns, generation: int, history: list[int], next
         quarantined=dict(sorted(book.quarantined.items())),
         engines={k: v.last_lease_id for k, v in sorted(book.engines.items()) if v.last_lease_id},
         batches={b: [g.group_id for g in groups] for b, groups in sorted(book.batches.items())},
-        groups=[_dump_group(g, columns) for _, g in sorted(book.groups.items())],
+        groups=_dump_groups(groups, columns),
+        rollouts=_dump_rollouts(rollouts, answers),
+        pieces=_dump_pieces([piece for answer in answers for piece in answer]),
     )
 
 
-def _dump_group(group: Group, columns: Columns) -> GroupState:
-    prompt = columns.prompts[group.group_id]
-    return GroupState(
-        group_id=group.group_id,
-        prompt_id=group.prompt_id,
-        position=group.position,
-        batch_id=group.batch_id,
-        tokens=prompt.tokens.tobytes(),
-        payload=prompt.payload,
-        rollouts=[_dump_rollout(r, columns.answers[r.rollout_id]) for r in group.rollouts.values()],
+def _dump_groups(groups: list[Group], columns: Columns) -> GroupColumns:
+    prompts = [columns.prompts[g.group_id] for g in groups]
+    return GroupColumns(
+        group_ids=[g.group_id for g in groups],
+        prompt_ids=[g.prompt_id for g in groups],
+        positions=[g.position for g in groups],
+        batch_ids=[g.batch_id for g in groups],
+        prompts=[p.tokens.tobytes() for p in prompts],
+        payloads=[p.payload for p in prompts],
+        sizes=[len(g.rollouts) for g in groups],
     )
 
 
-def _dump_rollout(rollout: Rollout, pieces: list[Piece]) -> RolloutState:
-    return RolloutState(
-        rollout_id=rollout.rollout_id,
-        state=int(rollout.state),
-        lease_id=rollout.lease_id,
-        scored_lease_id=rollout.scored_lease_id,
-        engine_id=rollout.engine_id,
-        spans=list(rollout.spans),
-        attempts=rollout.attempts,
-        completed_version=rollout.completed_version,
-        finish_reason=rollout.finish_reason,
-        reward=rollout.reward,
-        pieces=[(p.block.generation, p.tokens_at, p.logprobs_at, p.length, p.version) for p in pieces],
+def _dump_rollouts(rollouts: list[Rollout], answers: list[list[Piece]]) -> RolloutColumns:
+    return RolloutColumns(
+        rollout_ids=[r.rollout_id for r in rollouts],
+        states=[int(r.state) for r in rollouts],
+        lease_ids=[r.lease_id for r in rollouts],
+        scored_lease_ids=[r.scored_lease_id for r in rollouts],
+        engine_ids=[r.engine_id for r in rollouts],
+        attempts=[r.attempts for r in rollouts],
+        completed_versions=[r.completed_version for r in rollouts],
+        finish_reasons=[r.finish_reason for r in rollouts],
+        rewards=[r.reward for r in rollouts],
+        pieces=[len(answer) for answer in answers],
+    )
+
+
+def _dump_pieces(pieces: list[Piece]) -> PieceColumns:
+    return PieceColumns(
+        generations=[p.block.generation for p in pieces],
+        tokens_at=[p.tokens_at for p in pieces],
+        logprobs_at=[p.logprobs_at for p in pieces],
+        lengths=[p.length for p in pieces],
+        versions=[p.version for p in pieces],
     )
 
 
@@ -142,49 +175,98 @@ def load(state: BaseState, settings: LedgerSettings, blocks: Blocks, now: float)
     book.spanning_trained, book.most_versions = state.spanning_trained, state.most_versions
     book.quarantined = dict(state.quarantined)
     book.engines = {k: EngineRecord(now, last) for k, last in state.engines.items()}
-    files: dict[int, Block] = {}
-    for group in state.groups:
-        _load_group(group, book, columns, files, now)
+    rollouts = _load_rollouts(state, columns, now)
+    for group in _load_groups(state.groups, columns, rollouts):
+        book.groups[group.group_id] = group
+        book.rollouts.update(group.rollouts)
+        for rollout in group.rollouts.values():
+            rollout.group = group
+            book.by_state[rollout.state] += 1
+        _order(group, book)
     book.batches = {b: [book.groups[g] for g in ids] for b, ids in state.batches.items()}
     return book, columns
 
 
-def _load_group(state: GroupState, book: Book, columns: Columns, files: dict[int, Block], now: float) -> None:
-    group = Group(state.group_id, state.prompt_id, state.position, batch_id=state.batch_id)
-    tokens = np.frombuffer(state.tokens, np.int32)
-    columns.put_prompt(
-        group.group_id,
-        Prompt(state.prompt_id, tokens, state.payload, state.position),
-        (r.rollout_id for r in state.rollouts),
-    )
-    for r in state.rollouts:
-        rollout = group.rollouts[r.rollout_id] = _load_rollout(r, group, now)
-        for generation, tokens_at, logprobs_at, count, version in r.pieces:
-            block = files.setdefault(generation, columns.blocks.on_disk(generation, 0, 0))
-            columns.blocks.grow(block, 8 * count)
-            columns.append(r.rollout_id, Piece(block, tokens_at, logprobs_at, count, version))
-        book.rollouts[r.rollout_id] = rollout
-        book.by_state[rollout.state] += 1
-    book.groups[group.group_id] = group
-    _order(group, book)
+_NOWHERE = Group(0, "", 0)
 
 
-def _load_rollout(state: RolloutState, group: Group, now: float) -> Rollout:
-    return Rollout(
-        rollout_id=state.rollout_id,
-        group=group,
-        state=State(state.state),
-        lease_id=state.lease_id,
-        scored_lease_id=state.scored_lease_id,
-        engine_id=state.engine_id,
-        touched=now,
-        length=sum(count for _, count in state.spans),
-        spans=list(state.spans),
-        attempts=state.attempts,
-        completed_version=state.completed_version,
-        finish_reason=state.finish_reason,
-        reward=state.reward,
+def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollout]:
+    """Their groups are still to be set. Spans follow from the pieces."""
+    r = state.rollouts
+    pieces = _load_pieces(state.pieces, columns.blocks)
+    rollouts = []
+    fields = zip(
+        r.rollout_ids,
+        r.states,
+        r.lease_ids,
+        r.scored_lease_ids,
+        r.engine_ids,
+        r.attempts,
+        r.completed_versions,
+        r.finish_reasons,
+        r.rewards,
+        r.pieces,
+        strict=True,
     )
+    for (
+        rollout_id,
+        kind,
+        lease_id,
+        scored_id,
+        engine_id,
+        attempts,
+        completed,
+        finish,
+        reward,
+        count,
+    ) in fields:
+        answer = list(itertools.islice(pieces, count))
+        columns.answers[rollout_id] = answer
+        spans: list[tuple[int, int]] = []
+        for piece in answer:
+            extend_spans(spans, piece.version, piece.length)
+        rollouts.append(
+            Rollout(
+                rollout_id=rollout_id,
+                group=_NOWHERE,
+                state=State(kind),
+                lease_id=lease_id,
+                scored_lease_id=scored_id,
+                engine_id=engine_id,
+                touched=now,
+                length=sum(piece.length for piece in answer),
+                spans=spans,
+                attempts=attempts,
+                completed_version=completed,
+                finish_reason=finish,
+                reward=reward,
+            )
+        )
+    return rollouts
+
+
+def _load_pieces(p: PieceColumns, blocks: Blocks) -> Iterator[Piece]:
+    files: dict[int, Block] = {}
+    fields = zip(p.generations, p.tokens_at, p.logprobs_at, p.lengths, p.versions, strict=True)
+    for generation, tokens_at, logprobs_at, length, version in fields:
+        block = files.get(generation)
+        if block is None:
+            block = files[generation] = blocks.on_disk(generation, 0, 0)
+        blocks.grow(block, 8 * length)
+        block.pieces += 1
+        yield Piece(block, tokens_at, logprobs_at, length, version)
+
+
+def _load_groups(g: GroupColumns, columns: Columns, rollouts: list[Rollout]) -> Iterator[Group]:
+    left = iter(rollouts)
+    fields = zip(
+        g.group_ids, g.prompt_ids, g.positions, g.batch_ids, g.prompts, g.payloads, g.sizes, strict=True
+    )
+    for group_id, prompt_id, position, batch_id, tokens, payload, size in fields:
+        prompt = Prompt(prompt_id, np.frombuffer(tokens, np.int32), payload, position)
+        columns.prompts[group_id] = prompt
+        members = {r.rollout_id: r for r in itertools.islice(left, size)}
+        yield Group(group_id, prompt_id, position, members, batch_id=batch_id)
 
 
 def _order(group: Group, book: Book) -> None:
@@ -202,14 +284,17 @@ def _order(group: Group, book: Book) -> None:
         heapq.heappush(book.ready, (group.oldest_version, group.group_id))
 
 
-def write(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or nothing of it, also where the power fails."""
+def write(path: Path, data: bytes, *, fsync: bool = True) -> None:
+    """All of `data` under `path`, or nothing of it; with `fsync` also where the power fails."""
     aside = path.with_name(path.name + ".new")
     with aside.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if fsync:
+            os.fsync(file.fileno())
     os.replace(aside, path)
+    if not fsync:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -20,6 +20,7 @@ from asyncrl.buffer.records import (
     Group,
     LedgerSettings,
     Rollout,
+    Spans,
     Transition,
 )
 from asyncrl.buffer.rows import StateRows
@@ -34,6 +35,13 @@ _QUEUED, _LEASED, _COMPLETE, _SCORED, _BATCHED = (
     State.SCORED,
     State.BATCHED,
 )
+
+
+def extend_spans(spans: Spans, version: int, tokens: int) -> None:
+    if spans and spans[-1][0] == version:
+        spans[-1] = (version, spans[-1][1] + tokens)
+    else:
+        spans.append((version, tokens))
 
 
 class Book:
@@ -123,11 +131,7 @@ class Book:
 
     def extend(self, rollout: Rollout, version: int, tokens: int) -> None:
         rollout.length += tokens
-        spans = rollout.spans
-        if spans and spans[-1][0] == version:
-            spans[-1] = (version, spans[-1][1] + tokens)
-        else:
-            spans.append((version, tokens))
+        extend_spans(rollout.spans, version, tokens)
         group = rollout.group
         oldest = group.oldest_version
         if oldest is None or version < oldest or version > group.newest_version:

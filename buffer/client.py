@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -152,19 +153,14 @@ class BufferClient:
             region=region,
             body_hash=xxhash.xxh3_64_intdigest(body) if region else 0,
         )
-        # Waits for one more try at most: a service that was started anew has to be shown the arena again.
-        for _ in range(2):
-            try:
-                reply = await self.ask(shard, request, None if region else body)
-                break
-            except ArenaUnknown:
-                self._attached.pop(shard, None)
-                if await self._arena_at(shard) is None:
-                    raise
-        else:
-            raise ArenaUnknown(
-                f"the buffer's shard {shard} forgets the arena at once: it restarts again and again"
-            )
+        try:
+            reply = await self.ask(shard, request, None if region else body)
+        except ArenaUnknown:
+            # The service was started anew, and may be again at any moment. This body goes in a frame; the next one
+            # that is long enough has the arena shown again.
+            self._attached.pop(shard, None)
+            in_frame = msgspec.structs.replace(request, region=None, body_hash=0)
+            reply = await self.ask(shard, in_frame, bytes(body))
         if arena and region:
             arena.free(region)  # not in `finally`: after an error the request may still be read
         refused: list[int] = reply.rollout_ids

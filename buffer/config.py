@@ -48,7 +48,7 @@ class BufferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     durability: Literal["os", "fsync"] = "os"
     """Before a request is answered its rows are with the operating system ("os": survives the death of every process)
     or on the disk ("fsync": survives the loss of power too)."""
-    rotate_bytes: Annotated[int, msgspec.Meta(ge=2**16)] = 256 * 2**20
+    rotate_bytes: Annotated[int, msgspec.Meta(ge=2**16)] = 512 * 2**20
     """Size at which a new file of the log is begun; what a recovery reads again at most."""
     keep_log: Literal["all", "needed"] = "all"
     """Keep every rollout of the run for inspection, or only the files that live rollouts or a checkpoint need."""

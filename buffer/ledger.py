@@ -129,6 +129,7 @@ class Ledger:
                 rollout is None
                 or rollout.state is not State.QUEUED
                 or entry[0] != book.urgency(rollout.group)
+                or (leased and leased[-1] is rollout)  # queued twice at one place: the entries are neighbours
             ):
                 continue
             if allowed is not None and entry[1] not in allowed:
@@ -374,6 +375,12 @@ class Ledger:
             )
         book.publish(version)
         self._nothing_to_read = False
+
+    def note_restored(self) -> None:
+        """After a restore: for whoever reads the log, those whose leases ended with the time that was abandoned."""
+        for rollout in self.book.rollouts.values():
+            if rollout.state is State.QUEUED:
+                self.book.note(rollout, "restored")
 
     def drop_quarantined(self) -> None:
         """After a restore: prompts that were found to be bad later on are not tried again."""

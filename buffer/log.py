@@ -158,7 +158,11 @@ class Log:
             os.O_RDWR | os.O_CLOEXEC | (0 if last else os.O_CREAT | os.O_EXCL),
             0o644,
         )
-        self.commit()
+        try:
+            self.commit()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def segment_bytes(self) -> int:

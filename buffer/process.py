@@ -46,15 +46,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def tune_process() -> None:
     """For a process that serves a shard and does nothing else: memory that was touched once is used again.
 
-    Without it every message of some size is mapped and unmapped anew (a page fault for each 4 KiB), and the cycle collector
-    walks all live rollouts over and over, which are no cycles once they are closed.
+    Without it every message of some size is mapped and unmapped anew (a page fault for each 4 KiB). The cycle collector
+    would stop the loop for up to a second to walk all live rollouts, which are no cycles once they are closed.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
     pa.set_memory_pool(pa.system_memory_pool())
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.disable()
 
 
 def main(path: str) -> None:

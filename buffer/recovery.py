@@ -65,6 +65,7 @@ def recover(
 ) -> Recovered:
     """The state after the last commit that counts. Cuts the files to it."""
     now = clock()
+    _find_pieces(folder, state)
     book, columns = base.load(state, settings, blocks, now)
     paths = [file_of(folder, name, state.generation) for name in STREAMS]
     buffers = [_read(path) for path in paths]
@@ -79,6 +80,23 @@ def recover(
     last = records[-1] if records else None
     cut = _cut(paths, journal_of(folder, state.generation), buffers, journal, last)
     return Recovered(book, columns, state, last, fold.next_seq, len(records), cut)
+
+
+def _find_pieces(folder: Path, state: base.BaseState) -> None:
+    """Raises LogDamaged where a file of an earlier generation does not reach as far as the base says."""
+    pieces = state.pieces
+    ends: dict[int, int] = {}
+    columns = zip(pieces.generations, pieces.tokens_at, pieces.logprobs_at, pieces.lengths, strict=True)
+    for generation, tokens_at, logprobs_at, length in columns:
+        ends[generation] = max(ends.get(generation, 0), tokens_at + 4 * length, logprobs_at + 4 * length)
+    for generation, end in ends.items():
+        path = file_of(folder, "segments", generation)
+        size = path.stat().st_size if path.exists() else 0
+        if size < end:
+            raise LogDamaged(
+                f"{path} ends at byte {size}, and tokens of live rollouts reach to byte {end}: its disk lost them. Put "
+                f"the file back; without {base.path_of(folder, state.generation).name} the run goes on from the state before"
+            )
 
 
 def _read(path: Path) -> pa.Buffer:
@@ -97,6 +115,8 @@ def _cut(
         for path in (*paths, journal):
             path.unlink(missing_ok=True)
         lost: int = sum(b.size for b in buffers) + journal_data.size
+        if lost:
+            logger.warning("%s: no whole commit in %d bytes of log, which are cut", journal, lost)
         return lost
     keep = [*last.ends, (last.number + 1) * RECORD_BYTES]
     cut = 0

@@ -28,6 +28,7 @@ from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, LeaseLost
 from asyncrl.buffer.keys import Authenticator, ServerKeys, secure_server
 from asyncrl.buffer.records import LedgerSettings
 from asyncrl.buffer.shard import Body, Handover, Shard
+from asyncrl.buffer.waiting import Waiting, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +46,6 @@ _WAITS = {
     wire.Lease: "engines wait for prompts",
     wire.ReadBatch: "learner waits for rollouts",
 }
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A request that could not be answered yet."""
-
-    request: wire.Waits
-    body: Body
-    since: float
-    deadline: float
 
 
 @dataclass(slots=True)
@@ -80,7 +71,7 @@ class BufferService:
         self._shard = Shard(settings, config, folder, clock)
         self._memory_bytes = config.memory_bytes // settings.shards
         self._clock = clock
-        self._waiting: dict[tuple[bytes, bytes], Waiting] = {}
+        self._waiting = WaitingRoom()
         self._waited_s: dict[str, float] = defaultdict(float)
         self._replies: list[list[bytes | memoryview]] = []
         self._arenas: dict[bytes, Attachment] = {}
@@ -140,7 +131,7 @@ class BufferService:
     # ---- the loop's steps --------------------------------------------------------------------------------------
 
     def _sleep_ms(self) -> int:
-        next_deadline = min((w.deadline for w in self._waiting.values()), default=float("inf"))
+        next_deadline = self._waiting.next_deadline()
         return int(1000 * max(0.0, min(_TICK_S, next_deadline - self._clock()))) + 1
 
     def _take_requests(self) -> None:
@@ -160,7 +151,7 @@ class BufferService:
             request = _decode(header)
             body = self._body(address, request, frames)
             if isinstance(request, wire.Waits):
-                self._wait(address, request_id, request, body)
+                self._waiting.put((address, request_id), request, body, self._clock())
             else:
                 self._reply(address, request_id, self._answer(address, request, body))
         except (
@@ -172,13 +163,6 @@ class BufferService:
         ) as problem:
             # The asker's mistake, told to the asker. Anything else is ours and ends the process.
             self._refuse(address, request_id, problem)
-
-    def _wait(self, address: bytes, request_id: bytes, request: wire.Waits, body: Body) -> None:
-        """The same request once more takes the place of the first (its asker may have lost the connection) and keeps its
-        deadline: who asks again and again would else never be told that there is nothing."""
-        first = self._waiting.get((address, request_id))
-        since = first.since if first else self._clock()
-        self._waiting[address, request_id] = Waiting(request, body, since, since + request.timeout_s)
 
     def _body(self, address: bytes, request: wire.Request, frames: list[bytes]) -> Body:
         if isinstance(request, wire.Append) and request.region is not None:
@@ -203,25 +187,32 @@ class BufferService:
 
     def _serve_waiting(self) -> None:
         now = self._clock()
-        for (address, request_id), waiting in list(self._waiting.items()):
-            try:
-                answer = self._shard.attempt(waiting.request, waiting.body)
-                if answer is None and now < waiting.deadline and not self._stopping:
-                    continue
-                if isinstance(answer, Handover):
-                    self._hand_over(address, request_id, waiting.request, answer)
-                else:
-                    self._reply(address, request_id, answer or _empty(waiting.request))
-            except (BadRequest, LeaseLost) as problem:
-                self._refuse(address, request_id, problem)
-            self._waited_s[_WAITS[type(waiting.request)]] += now - waiting.since
-            del self._waiting[address, request_id]
+        self._waiting.serve(self._attempt)
+        for waiting in self._waiting.clear() if self._stopping else self._waiting.late(now):
+            self._reply(*waiting.key, _empty(waiting.request))
+            self._count_wait(waiting, now)
+
+    def _attempt(self, waiting: Waiting) -> bool:
+        """Whether the request is answered, if only by an error."""
+        try:
+            answer = self._shard.attempt(waiting.request, waiting.body)
+            if answer is None:
+                return False
+            if isinstance(answer, Handover):
+                self._hand_over(waiting, answer)
+            else:
+                self._reply(*waiting.key, answer)
+        except (BadRequest, LeaseLost) as problem:
+            self._refuse(*waiting.key, problem)
+        self._count_wait(waiting, self._clock())
+        return True
+
+    def _count_wait(self, waiting: Waiting, now: float) -> None:
+        self._waited_s[_WAITS[type(waiting.request)]] += now - waiting.since
 
     def _refuse_late(self) -> None:
-        now = self._clock()
-        for late in [key for key, waiting in self._waiting.items() if waiting.deadline <= now]:
-            del self._waiting[late]
-            self._refuse(*late, DiskFull(self._disk_full))
+        for waiting in self._waiting.late(self._clock()):
+            self._refuse(*waiting.key, DiskFull(self._disk_full))
 
     def _settle(self) -> None:
         """Has the changes written, then answers. Where the disk is full the answers wait for the next round."""
@@ -258,10 +249,10 @@ class BufferService:
             kind = BadRequest.__name__
         self._reply(address, request_id, wire.Problem(kind=kind, message=str(problem)))
 
-    def _hand_over(self, address: bytes, request_id: bytes, request: wire.Waits, batch: Handover) -> None:
+    def _hand_over(self, waiting: Waiting, batch: Handover) -> None:
         """Copies the batch into the asker's arena if it fits there, else into a frame."""
-        nbytes = batch.layout.nbytes
-        room = request.room if isinstance(request, wire.ReadBatch) else None
+        address, nbytes = waiting.key[0], batch.layout.nbytes
+        room = waiting.request.room if isinstance(waiting.request, wire.ReadBatch) else None
         in_room = room is not None and room.nbytes >= nbytes and address in self._arenas
         if in_room and room is not None:
             body = self._arena(address).view(room)[:nbytes]
@@ -269,7 +260,7 @@ class BufferService:
             body = memoryview(bytearray(nbytes))
         self._shard.fill(batch, body)
         reply = wire.Batch(selection=batch.selection, layout=batch.layout, in_room=in_room)
-        self._reply(address, request_id, reply, None if in_room else body)
+        self._reply(*waiting.key, reply, None if in_room else body)
 
     # ---- arenas ------------------------------------------------------------------------------------------------
 
@@ -295,7 +286,7 @@ class BufferService:
     def _report(self) -> wire.Report:
         now = self._clock()
         waits = dict(self._waited_s)
-        for waiting in self._waiting.values():
+        for waiting in self._waiting:
             cause = _WAITS[type(waiting.request)]
             waits[cause] = waits.get(cause, 0.0) + now - waiting.since
         ledger, blocks = self._shard.ledger, self._shard.store.blocks
@@ -324,9 +315,14 @@ class BufferService:
 
 def _decode(header: bytes) -> wire.Request:
     try:
-        return wire.decode_request(header)
+        request: wire.Request = wire.decode_request(header)
+        return request
     except RecursionError as error:
         raise BadRequest("the header is nested deeper than any request is") from error
+    except UnicodeDecodeError as error:  # no MsgspecError
+        raise BadRequest(
+            f"a string in the header is not UTF-8 ({error.reason} at byte {error.start} of it)"
+        ) from error
 
 
 def _empty(request: wire.Waits) -> wire.Reply:

@@ -313,7 +313,7 @@ class Shard:
 
     def _rotate(self) -> None:
         try:
-            self.store.rotate()
+            self.store.rotate_log()
         except DiskFull as error:
             self._rotate_after = self._clock() + _ROTATE_AGAIN_S
             logger.warning("the log's next file waits: %s", error)
@@ -329,6 +329,7 @@ class Shard:
         self.commit()
         snapshot = self.store.restore(step)
         self.ledger = Ledger(self._settings, self.store.book)
+        self.ledger.note_restored()
         self.ledger.drop_quarantined()
         self._frozen_until = 0.0
         return _snapshotted(snapshot)

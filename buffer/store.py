@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -25,7 +26,7 @@ from asyncrl.buffer.errors import BadRequest, DiskFull
 from asyncrl.buffer.journal import STREAMS
 from asyncrl.buffer.log import Log, disk_full, file_of, journal_of
 from asyncrl.buffer.records import LedgerSettings
-from asyncrl.buffer.recovery import newest_base, recover
+from asyncrl.buffer.recovery import Recovered, newest_base, recover
 from asyncrl.buffer.schema import State
 
 logger = logging.getLogger(__name__)
@@ -68,16 +69,28 @@ class Store:
         self.blocks = self._new_blocks()
         self.recovery: Recovery | None = None
         state = newest_base(folder)
-        if state is None:
-            state = base.dump(Book(settings), Columns(self.blocks), 1, [], 0)
-            base.write(base.path_of(folder, 1), base.encode(state))
+        if state is not None:
+            self._recover(state)
+            return
+        state = base.dump(Book(settings), Columns(self.blocks), 1, [], 0)
+        base.write(base.path_of(folder, 1), base.encode(state))
         self._open(state)
 
     def _new_blocks(self) -> Blocks:
         budget = self._config.memory_bytes // self._settings.shards
         return Blocks(budget, lambda generation: file_of(self.folder, "segments", generation))
 
-    def _open(self, state: base.BaseState) -> None:
+    def _recover(self, state: base.BaseState) -> None:
+        found = self._open(state)
+        self.recovery = Recovery(
+            commits=found.commits,
+            cut_bytes=found.cut_bytes,
+            live_rollouts=len(self.book.rollouts),
+            live_tokens=sum(r.length for r in self.book.rollouts.values()),
+        )
+        logger.info("recovered %s: %s", self.folder, self.recovery)
+
+    def _open(self, state: base.BaseState) -> Recovered:
         self._set_aside(state)
         found = recover(self.folder, state, self._settings, self.blocks, self._clock)
         self.book, self.columns = found.book, found.columns
@@ -85,18 +98,15 @@ class Store:
         self.log = Log(
             self.folder, state.generation, fsync=self._fsync, next_seq=found.next_seq, last=found.last
         )
-        if found.last is not None:
-            self.recovery = Recovery(
-                commits=found.commits,
-                cut_bytes=found.cut_bytes,
-                live_rollouts=len(self.book.rollouts),
-                live_tokens=sum(r.length for r in self.book.rollouts.values()),
-            )
-            logger.info("recovered %s: %s", self.folder, self.recovery)
+        return found
 
     def _set_aside(self, state: base.BaseState) -> None:
-        """Moves away the files of generations that a restore abandoned."""
+        """Moves away the files of generations that a restore abandoned, and forgets the snapshots that were taken in them."""
         past = {*state.history, state.generation}
+        for snapshot in self.snapshots().values():
+            then = base.decode(base.path_of(self.folder, snapshot.generation).read_bytes())
+            if then is not None and not past.issuperset(then.history):
+                self._snapshot_path(snapshot.step).unlink()
         for generation in self._generations():
             if generation in past or generation > state.generation:
                 continue
@@ -119,19 +129,24 @@ class Store:
     def wants_rotation(self) -> bool:
         return self.log.segment_bytes >= self._config.rotate_bytes
 
-    def rotate(self) -> int:
+    def rotate_log(self) -> None:
+        """The log has grown enough. As durable as the log itself."""
+        self._rotate(fsync=self._fsync)
+
+    def _rotate(self, *, fsync: bool) -> int:
         """Begins the next generation with the present state, which must be committed; returns its number."""
         generation = self.log.generation + 1
         history = [*self.history, self.log.generation]
         state = base.dump(self.book, self.columns, generation, history, self.log.next_seq)
         try:
-            base.write(base.path_of(self.folder, generation), base.encode(state))
+            base.write(base.path_of(self.folder, generation), base.encode(state), fsync=fsync)
             log = Log(self.folder, generation, fsync=self._fsync, next_seq=self.log.next_seq)
         except (DiskFull, OSError) as error:
-            # With its base there the new generation would be the one to recover, and this one still grows.
-            base.remove(base.path_of(self.folder, generation))
+            # With its base there the new generation would be the one to recover, and this one still grows. The base goes
+            # last: streams without one would be in the way of the next try.
             for path in self._streams_of(generation):
                 path.unlink(missing_ok=True)
+            base.remove(base.path_of(self.folder, generation))
             raise disk_full(self.folder, error) from error
         self.log.close()
         self.log, self.history = log, history
@@ -164,14 +179,11 @@ class Store:
         return {snapshot.step: snapshot for snapshot in found}
 
     def snapshot(self, step: int, keep: Sequence[int]) -> SnapshotFile:
-        """Ties the present state, which must be committed, to `step`; forgets snapshots not in `keep`."""
+        """Ties the present state, which must be committed, to `step`; then forgets snapshots not in `keep`."""
         needs = sorted(self._live_generations())
-        for other in self.snapshots():
-            if other not in keep and other != step:
-                self._snapshot_path(other).unlink()
         snapshot = SnapshotFile(
             step=step,
-            generation=self.rotate(),
+            generation=self._rotate(fsync=True),
             needs=needs,
             version=self.book.version,
             frontier=self.book.frontier,
@@ -181,6 +193,10 @@ class Store:
         except OSError as error:
             base.remove(self._snapshot_path(step))
             raise disk_full(self.folder, error) from error
+        for other in self.snapshots():
+            if other not in keep and other != step:
+                self._snapshot_path(other).unlink()
+        self._delete_unneeded()
         return snapshot
 
     def _snapshot_path(self, step: int) -> Path:
@@ -203,9 +219,6 @@ class Store:
             base.remove(base.path_of(self.folder, rewound.generation))
             raise disk_full(self.folder, error) from error
         self.log.close()
-        for path in self.folder.glob("snapshot-*.json"):
-            if int(path.stem.split("-")[1]) > step:
-                path.unlink()
         self.blocks = self._new_blocks()
         self._open(rewound)
         return snapshot
@@ -222,16 +235,22 @@ class Store:
             engines={},
             # A prompt that was found to be bad stays bad.
             quarantined={**state.quarantined, **self.book.quarantined},
-            groups=[
-                msgspec.structs.replace(g, rollouts=[_unleased(r) for r in g.rollouts]) for g in state.groups
-            ],
+            rollouts=_unleased(state.rollouts),
         )
 
     def close(self) -> None:
         self.log.close()
 
 
-def _unleased(rollout: base.RolloutState) -> base.RolloutState:
-    if rollout.state not in (State.LEASED, State.COMPLETE):
-        return rollout
-    return msgspec.structs.replace(rollout, state=int(State.QUEUED), lease_id=0, engine_id="")
+def _unleased(rollouts: base.RolloutColumns) -> base.RolloutColumns:
+    held = [state in (State.LEASED, State.COMPLETE) for state in rollouts.states]
+
+    def freed(column: list[Any], value: Any) -> list[Any]:
+        return [value if is_held else field for field, is_held in zip(column, held, strict=True)]
+
+    return msgspec.structs.replace(
+        rollouts,
+        states=freed(rollouts.states, int(State.QUEUED)),
+        lease_ids=freed(rollouts.lease_ids, 0),
+        engine_ids=freed(rollouts.engine_ids, ""),
+    )

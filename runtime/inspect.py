@@ -110,7 +110,7 @@ def _show_query(request: Request, log: RolloutLog, decoder: Decoder, out: Consol
         for row in answer.rows:
             _line(out, json_line(answer.columns, row))
     elif for_eyes:
-        out.print(draw_rows(answer.columns, answer.rows), highlight=False)
+        out.print(draw_rows(answer.columns, answer.rows, out.width), highlight=False)
     else:
         for line in tab_separated(answer):
             _line(out, line)

@@ -84,35 +84,47 @@ class Decoder:
             return self._tokenizer is not None
 
     def _load(self) -> None:
-        from transformers import AutoTokenizer
-
         try:
             recipe = msgspec.json.decode(self._folder.recipe.read_bytes(), type=_RecipePart)
         except (OSError, msgspec.DecodeError) as error:
             self.problem = f"no text is shown: {self._folder.recipe}, which names the tokenizer: {error}"
             return
-        model = _where(recipe, self._folder.path)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        except (OSError, ValueError) as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
-            if not Path(model).is_dir():
-                reason = "there is no such folder, and no such model in this machine's hub cache"
+        named = f"no text is shown: no tokenizer in {recipe.model.path} (model.path in {self._folder.recipe})"
+        folder = _model_folder(recipe, self._folder.path)
+        if folder is None:
             self.problem = (
-                f"no text is shown: no tokenizer at {model} (model.path in {self._folder.recipe}): {reason}"
+                f"{named}: there is neither such a folder nor such a model in this machine's hub cache"
             )
+            return
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            self.problem = f"{named}: {one_line(str(error), 200)}"
 
 
-def _where(recipe: _RecipePart, run: Path) -> str:
-    """The model's path. One that is relative is so to where the run was launched, which may not be here."""
-    path = Path(recipe.model.path)
-    up = len(Path(recipe.run.folder).parts)
+def _model_folder(recipe: _RecipePart, run: Path) -> Path | None:
+    """Where the model lies on this machine: as the path says, from here or from where the run was launched; else in the
+    hub's cache."""
+    path, runs = Path(recipe.model.path), Path(recipe.run.folder)
     above = run.resolve().parents
-    if path.is_absolute() or path.exists() or Path(recipe.run.folder).is_absolute() or up >= len(above):
-        return recipe.model.path
-    there = above[up] / path
-    return str(there) if there.is_dir() else recipe.model.path
+    places = [path]
+    if not runs.is_absolute() and len(runs.parts) < len(above):
+        places.append(above[len(runs.parts)] / path)
+    return next((place for place in places if place.is_dir()), None) or _cached(recipe.model.path)
+
+
+def _cached(name: str) -> Path | None:
+    """Looks at files alone. transformers, asked for a name, asks the hub who is asking, even with `local_files_only`."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = (try_to_load_from_cache(name, file) for file in ("tokenizer_config.json", "tokenizer.json"))
+        return next((Path(file).parent for file in found if isinstance(file, str)), None)
+    except HFValidationError:  # a path, not a name
+        return None
 
 
 def _common(whole: str, text: str) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,9 @@ from asyncrl.runtime.summary_table import BAD, GOOD, LABEL_WIDTH, QUIET
 SPAN_COLOURS = ("cyan", "magenta", "green", "yellow", "blue")
 NONE = "-"
 _STATE_STYLES = {"TRAINED": GOOD, "FAILED": BAD, "DROPPED": "yellow"}
-_LONGEST_CELL = 120
+_CELL_WIDTHS = (120, 60, 30)
+"""Cells of a query are cut to the first of these with which its table fits the terminal."""
+_LONGEST_VALUE = 400
 MOST_IDS = 400
 """Token ids that are shown where there is no text."""
 
@@ -193,23 +196,41 @@ def ids_text(tokens: Sequence[int]) -> str:
     return " ".join(map(str, tokens[:MOST_IDS])) + rest
 
 
-def draw_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> RenderableType:
-    """The answer to a query, for a terminal."""
+def draw_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> RenderableType:
+    """The answer to a query, for a terminal `width` columns wide: a table where it fits, else one row below the other."""
+    for most in _CELL_WIDTHS:
+        cells = [[_cell(value, most) for value in row] for row in rows]
+        names = [one_line(name, most) for name in columns]
+        widths = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
+        if sum(widths) + 2 * (len(widths) - 1) <= width:
+            break
+    else:
+        return Group(*(_record(columns, row) for row in rows))
     table = Table(box=None, pad_edge=False, header_style=QUIET)
-    for i, name in enumerate(columns):
+    for i, name in enumerate(names):
         numbers = all(isinstance(row[i], int | float) or row[i] is None for row in rows)
-        table.add_column(
-            Text(one_line(name)), justify="right" if numbers else "left", overflow="ellipsis", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*(Text("null", QUIET) if v is None else Text(_cell(v)) for v in row))
+        table.add_column(Text(name), justify="right" if numbers else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*map(Text, row))
     return table
 
 
-def _cell(value: Any) -> str:
+def _record(columns: Sequence[str], row: Sequence[Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=QUIET)
+    table.add_column()
+    for name, value in zip(columns, row, strict=True):
+        table.add_row(Text(one_line(name)), Text(_cell(value, _LONGEST_VALUE)))
+    table.add_row()
+    return table
+
+
+def _cell(value: Any, most: int) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, float):
         return f"{value:.6g}" if abs(value) < 1e6 else f"{value:.3f}"
-    return one_line(str(value), _LONGEST_CELL)
+    return one_line(str(value), most)
 
 
 def _table(*names: str) -> Table:

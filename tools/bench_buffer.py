@@ -18,13 +18,10 @@ import asyncio
 import dataclasses
 import json
 import operator
-import os
 import pstats
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import reduce
@@ -39,90 +36,16 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 import buffer_engines
 import buffer_rivals as rivals
+from buffer_shards import GROUP, Shards
 
-from asyncrl.buffer import (
-    BlockingBufferClient,
-    BufferAddress,
-    BufferClient,
-    BufferConfig,
-    PromptRow,
-    Segment,
-    StalenessConfig,
-    ledger_settings,
-    wire,
-)
+from asyncrl.buffer import BlockingBufferClient, BufferAddress, BufferClient, BufferConfig, Segment, wire
 from asyncrl.buffer.connection import BlockingConnection
-from asyncrl.buffer.keys import make_keys
-from asyncrl.buffer.process import ProcessConfig
 
-GROUP: Final = 8
-"""Rollouts per prompt."""
 BOUND: Final = 128
 """Versions: the workload's rollouts carry versions 0 to 31, and every batch makes one more."""
 FIRST_VERSION: Final = 31
 HELD_ROLLOUTS: Final = 4096
 PROMPT: Final = list(range(64))
-
-
-PROFILED: Final = """
-import cProfile, sys, time
-from asyncrl.buffer import process
-profile = cProfile.Profile(time.thread_time)
-profile.runcall(process.main, sys.argv[1])
-profile.dump_stats(sys.argv[2])
-"""
-
-
-class Shards:
-    """Services as processes of their own; `close` ends them."""
-
-    def __init__(self, folder: Path, config: BufferConfig, prompts_per_step: int, bound: int, profile: str = "") -> None:
-        self.folder = folder
-        server, client = make_keys(folder / "keys")
-        del server
-        files = [folder / f"endpoint-{shard}" for shard in range(config.shards)]
-        self.processes = []
-        for shard, file in enumerate(files):
-            settings = ledger_settings(
-                config, StalenessConfig(max_staleness_versions=bound), prompts_per_step, GROUP, shard
-            )
-            path = folder / f"process-{shard}.json"
-            process = ProcessConfig(
-                settings=settings,
-                buffer=config,
-                folder=str(folder / "rollouts" / str(shard)),
-                keys=str(folder / "keys"),
-                endpoint_file=str(file),
-                parent=os.getpid(),
-            )
-            path.write_bytes(msgspec.json.encode(process))
-            code = ["-c", PROFILED, str(path), profile] if profile else ["-m", "asyncrl.buffer.process", str(path)]
-            with (folder / f"log-{shard}").open("wb") as log:
-                self.processes.append(subprocess.Popen([sys.executable, "-P", *code], stderr=log))
-        self.address = BufferAddress(endpoints=tuple(self._endpoint(f) for f in files), keys=client)
-
-    def _endpoint(self, file: Path) -> str:
-        deadline = time.monotonic() + 60
-        # Waits for the service to write its endpoint; ends with it, with its process, or in time.
-        while not file.exists():
-            if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
-                raise RuntimeError(f"no buffer came up in {self.folder}")
-            time.sleep(0.02)
-        return file.read_text()
-
-    def close(self) -> None:
-        client = BlockingBufferClient(self.address)
-        try:
-            if all(process.poll() is None for process in self.processes):
-                client.stop()
-        finally:
-            client.close()
-            for process in self.processes:
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait(10)
 
 
 class Feeder(threading.Thread):
@@ -262,7 +185,9 @@ class _Pushing:
             for lease, rollout in zip(leases, rollouts, strict=True)
         ]
         refused = await self._client.append(engine_id, segments)
-        scored = [wire.Scored(lease.rollout_id, lease.lease_id, float(lease.rollout_id % 2)) for lease in leases]
+        scored = [
+            wire.Scored(lease.rollout_id, lease.lease_id, float(lease.rollout_id % 2)) for lease in leases
+        ]
         refused += await self._client.score(scored)
         if refused:
             raise rivals.RivalError(f"leases of {refused[:5]} were lost")
@@ -307,7 +232,9 @@ def account(args: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     fast = commands.add_parser("speed")
     fast.add_argument("--pushes", default="1,8,256", help="rollouts per push, with commas")

@@ -28,6 +28,8 @@ import multiprocessing
 import operator
 import os
 import queue
+import signal
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -423,6 +425,7 @@ def start_ray(resources: ExitStack) -> str:
     import ray
 
     folder = tempfile.TemporaryDirectory(prefix="rivals-", ignore_cleanup_errors=True)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         num_cpus=8,  # logical: all actors of a rival are placed, however few cores there are
         object_store_memory=2**28,
@@ -433,6 +436,7 @@ def start_ray(resources: ExitStack) -> str:
         _temp_dir=resources.enter_context(folder),
     )
     resources.callback(ray.shutdown)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would leave our folder and workers
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -875,6 +879,8 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="`ray objects` too; its start takes seconds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
+    # Unwinds: servers, workers and folders end with the run that made them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     names, missing = choose([name for name in args.rivals.split(",") if name], args.ray)
     workloads = [Workload(args.rollouts, int(push), args.batch, args.seed) for push in args.pushes.split(",")]
     figures = [each for workload in workloads for each in measure(names, workload, args.rounds)]

@@ -1,149 +1,455 @@
-"""Random schedules against the ledger: no token past the bound is handed over, the equation always holds, the pacing
-bound is kept, nothing deadlocks."""
+"""Random schedules against the ledger: whatever engines and learner do, and however often they ask, no token past the bound
+is trained, no rollout twice, the equation holds, pacing is kept, the heaps tell the truth, a book that is rebuilt from
+its rows is the same book, and work goes on."""
 
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncrl.buffer.errors import LeaseLost
-from asyncrl.buffer.ledger import Ledger
+from asyncrl.buffer import base
+from asyncrl.buffer.blocks import Blocks, Piece
+from asyncrl.buffer.book import Book
+from asyncrl.buffer.columns import Columns
+from asyncrl.buffer.columns import Prompt as Asked
+from asyncrl.buffer.errors import BadRequest, LeaseLost
+from asyncrl.buffer.ledger import Ledger, Prompt
+from asyncrl.buffer.records import LedgerSettings
+from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
 
-B, N, ATTEMPTS = 2, 2, 2
+FRESH = 1 << 60
+HELD = (State.LEASED, State.COMPLETE)
+
+
+def no_columns():
+    return Columns(Blocks(0, lambda generation: Path("nowhere")))
+
+
+def append_piece(columns, rollout_id, version, tokens):
+    """Tokens that lie anywhere: the ledger knows how many there are, and the pieces say so too."""
+    columns.append(rollout_id, Piece(columns.blocks.on_disk(1, 0, 8 * tokens), 0, 0, tokens, version))
+
+
+def age(group):
+    return min((v for r in group.rollouts.values() for v, _ in r.spans), default=None)
+
+
+def order(rollout):
+    oldest = age(rollout.group)
+    return (FRESH if oldest is None else oldest, rollout.group.group_id, rollout.rollout_id)
+
+
+def recount(book):
+    """What the book keeps ready, counted from scratch."""
+    by_state = Counter(r.state for r in book.rollouts.values())
+    assert book.by_state == [by_state[s] for s in State]
+    assert {r.rollout_id for g in book.groups.values() for r in g.rollouts.values()} == {*book.rollouts}
+    waiting = [g for g in book.groups.values() if not g.batch_id]
+    for group in waiting:
+        assert group.oldest_version == age(group)
+        assert group.scored == sum(r.state is State.SCORED for r in group.rollouts.values())
+    assert dict(book.ages) == Counter(age(g) for g in waiting if age(g) is not None)
+    assert {order(r) for r in book.rollouts.values() if r.state is State.QUEUED} <= {*book.queue}
+    size = book.settings.rollouts_per_prompt
+    complete = {(age(g), g.group_id) for g in waiting if g.scored == size}
+    assert complete <= {*book.ready}
+    for rollout in book.rollouts.values():
+        assert (rollout.state in HELD) == bool(rollout.lease_id)
+        assert rollout.length == sum(count for _, count in rollout.spans)
+        if rollout.lease_id:
+            seen = max(rollout.touched, book.engines[rollout.engine_id].seen)
+            at = [e[0] for e in book.expiry if e[1:] == (rollout.rollout_id, rollout.lease_id)]
+            assert at and min(at) <= seen + book.settings.lease_timeout_s
+    batched = {b: [g.group_id for g in groups] for b, groups in book.batches.items()}
+    assert Counter(g for ids in batched.values() for g in ids) == Counter(
+        g.group_id for g in book.groups.values() if g.batch_id
+    )
+
+
+def state_of(book, columns):
+    """All that a crash must not change. Passed-over prompts leave no row, nor does what an engine knows of."""
+    state = base.dump(book, columns, 0, [], 0)
+    held = {(r.engine_id, r.lease_id) for r in book.rollouts.values() if r.lease_id}
+    fields = {name: getattr(state, name) for name in state.__struct_fields__}
+    return {**fields, "frontier": 0, "engines": held}
+
+
+class Follower:
+    """A second book, made from the first one's rows alone."""
+
+    def __init__(self, ledger_settings):
+        self.book, self.columns = Book(ledger_settings), no_columns()
+        self.admitted, self.extended = [], []
+
+    def follow(self, rows, now):
+        """As a recovery reads a commit: prompts, then segments, then changes of state."""
+        for group_id, rollout_ids, prompt in self.admitted:
+            self.book.admit(group_id, rollout_ids, prompt.prompt_id, prompt.position)
+            self.columns.put_prompt(group_id, prompt, rollout_ids)
+        for rollout_id, version, tokens in self.extended:
+            self.book.extend(self.book.rollouts[rollout_id], version, tokens)
+            append_piece(self.columns, rollout_id, version, tokens)
+        for row in rows:
+            rollout = self.book.rollouts.get(row.rollout_id)
+            if rollout is not None and row.attempts > rollout.attempts:
+                self.columns.restart(row.rollout_id)
+            self.book.replay(row, now)
+        self.columns.drop(self.book.closed, self.book.closed_groups)
+        self.book.closed, self.book.closed_groups, self.book.rows = [], [], StateRows()
+        self.admitted, self.extended = [], []
+
+
+def turn(weight, **arguments):
+    """Marks a method as something that may happen, `weight` times as often as another. The machine has one rule, as
+    hypothesis leaves whole rules out of a schedule: without leases or commits few schedules come far."""
+
+    def mark(method):
+        method.turn = (weight, st.fixed_dictionaries(arguments))
+        return method
+
+    return mark
+
+
+def turns(machine):
+    found = {name: method.turn for name, method in vars(machine).items() if hasattr(method, "turn")}
+    names = st.sampled_from([name for name, (weight, _) in found.items() for _ in range(weight)])
+    return names.flatmap(lambda name: st.tuples(st.just(name), found[name][1]))
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    leases = Bundle("leases")
-
-    @initialize(bound=st.integers(0, 3), over_stale=st.sampled_from(["mask", "wait", "drop"]))
-    def begin(self, bound, over_stale):
-        self.bound, self.over_stale, self.now = bound, over_stale, 0.0
-        self.ledger = Ledger(
-            prompts_per_step=B,
-            rollouts_per_prompt=N,
+    @initialize(
+        groups=st.integers(1, 3),
+        size=st.integers(1, 3),
+        spare=st.sampled_from([0, 0, 1, 2]),
+        bound=st.integers(0, 3),
+        over_stale=st.sampled_from(["mask", "wait", "drop"]),
+        dynamic_sampling=st.booleans(),
+        shards=st.sampled_from([1, 3]),
+        punctual=st.booleans(),
+    )
+    def begin(self, groups, size, spare, bound, over_stale, dynamic_sampling, shards, punctual):
+        self.settings = LedgerSettings(
+            prompts_per_step=groups,
+            rollouts_per_prompt=size,
+            spare_rollouts_per_prompt=spare,
+            dynamic_sampling=dynamic_sampling and size > 1,  # one reward has no spread
             max_staleness_versions=bound,
             over_stale=over_stale,
-            max_attempts=ATTEMPTS,
+            max_attempts=2,
             lease_timeout_s=5.0,
+            shard=shards - 1,
+            shards=shards,
         )
+        self.bound, self.now = bound, 0.0
+        self.ledger, self.columns = Ledger(self.settings), no_columns()
+        self.follower = Follower(self.settings)
         self.ledger.publish(0)
         self.batch = None
-        self.trained: set[int] = set()
+        self.got = 0  # the last batch that arrived
+        self.known = dict.fromkeys("ab", 0)  # the last lease that arrived
+        self.asked, self.leases = [], []
+        self.trained = Counter()
+        self.versions = {}  # rollout_id -> version of each of its tokens
+        self.punctual = punctual  # engines send what they sample before the next version is published
+        self.overdue = False  # a token came that is older than the present version
 
-    @rule(part=st.integers(1, 4))
-    def admit(self, part):
-        self.ledger.admit(min(part, self.ledger.capacity))
+    @rule(data=st.data())
+    def step(self, data):
+        name, arguments = data.draw(TURNS)
+        getattr(self, name)(**arguments)
 
-    @rule(target=leases, engine=st.sampled_from("ab"))
-    def lease(self, engine):
-        got = self.ledger.lease(engine, 1, self.now)
-        return (got[0], got[0].lease_id) if got else None
+    # ---- admission -------------------------------------------------------------------------------------------------
 
-    @rule(lease=leases, tokens=st.integers(0, 4), done=st.booleans(), ahead=st.booleans())
-    def append(self, lease, tokens, done, ahead):
-        if lease is None:
+    def admit(self, most, names):
+        first = self.ledger.book.frontier
+        count = min(most, self.ledger.capacity)
+        self.offer([Prompt(f"p{i % names}", i) for i in range(first, first + count)])
+
+    def offer(self, asked):
+        quarantined = set(self.ledger.book.quarantined)
+        admitted = self.ledger.admit(asked)
+        assert [g is None for g in admitted] == [p.prompt_id in quarantined for p in asked]
+        for group in filter(None, admitted):
+            prompt = Asked(group.prompt_id, np.zeros(1, np.int32), "", group.position)
+            self.columns.put_prompt(group.group_id, prompt, group.rollouts)
+            self.follower.admitted.append((group.group_id, list(group.rollouts), prompt))
+            ids = [group.group_id, *group.rollouts]
+            assert {i % self.settings.shards for i in ids} == {self.settings.shard}
+            self.versions.update((r, []) for r in group.rollouts)
+        self.asked = asked
+
+    @turn(1, more=st.integers(0, 3))
+    def ask_for_too_much(self, more):
+        """What was admitted before, or more than there is room for."""
+        if not more:
+            assert not any(self.ledger.admit(self.asked))
             return
-        rollout, lease_id = lease
-        version = self.ledger.version + int(ahead and self.batch is not None)
-        if rollout.state is State.COMPLETE:
-            return
-        done = done and rollout.length + tokens > 0
-        valid = rollout.lease_id == lease_id and rollout.state is State.LEASED
+        first, count = self.ledger.book.frontier, self.ledger.capacity + more
         try:
-            self.ledger.append(
-                rollout.rollout_id,
-                lease_id,
-                rollout.length,
-                tokens,
-                version,
-                "stop" if done else "",
-                self.now,
-            )
+            self.ledger.admit([Prompt(f"new{i}", i) for i in range(first, first + count)])
+        except BadRequest:
+            return
+        raise AssertionError("admitted past the bound")
+
+    # ---- engines ---------------------------------------------------------------------------------------------------
+
+    @turn(
+        5,
+        prompts=st.integers(0, 9),
+        names=st.sampled_from([5, 1000]),
+        engine=st.sampled_from("ab"),
+        limit=st.integers(1, 6),
+        memory_is_short=st.booleans(),
+        arrives=st.integers(0, 3),
+    )
+    def lease(self, prompts, names, engine, limit, memory_is_short, arrives):
+        self.admit(prompts, names)
+        rollouts = self.ledger.book.rollouts.values()
+        lost = {r for r in rollouts if r.engine_id == engine and r.lease_id > self.known[engine]}
+        expected = self.expected(limit, memory_is_short)
+        got = self.ledger.lease(
+            engine, limit, self.now, after=self.known[engine], next_batch_only=memory_is_short
+        )
+        assert {*got} == lost if lost else got == expected
+        if arrives:
+            self.known[engine] = max((r.lease_id for r in got), default=self.known[engine])
+        self.leases += [(r.rollout_id, r.lease_id) for r in got]
+
+    def expected(self, limit, memory_is_short):
+        """The queued rollouts nearest to their deadlines, counted from scratch."""
+        groups = [g for g in self.ledger.book.groups.values() if not g.batch_id]
+        if memory_is_short:
+            groups.sort(key=lambda g: (FRESH if age(g) is None else age(g), g.group_id))
+            groups = groups[: self.settings.prompts_per_step]
+        queued = (r for g in groups for r in g.rollouts.values() if r.state is State.QUEUED)
+        return sorted(queued, key=order)[:limit]
+
+    def held(self, *states):
+        found = [r for r in self.ledger.book.rollouts.values() if r.state in states]
+        return sorted(found, key=lambda r: r.rollout_id)
+
+    @turn(
+        4,
+        which=st.lists(st.integers(0, 11), min_size=1, max_size=4),
+        tokens=st.integers(0, 4),
+        done=st.booleans(),
+        lag=st.sampled_from([-1, 0, 0, 0, 0, 1, 2]),
+    )
+    def append(self, which, tokens, done, lag):
+        leased = self.held(State.LEASED)
+        for rollout in {leased[i % len(leased)] for i in which} if leased else ():
+            last = done and rollout.length + tokens > 0
+            # An engine has the version that is being published before the buffer hears that it is.
+            ahead = lag < 0 and self.batch is not None
+            behind = 0 if self.punctual else max(0, lag)
+            version = self.ledger.version + 1 if ahead else max(0, self.ledger.version - behind)
+            self.extend(rollout, tokens, version, last, again=True)
+
+    def extend(self, rollout, tokens, version, last, again=False):
+        finish_reason = "stop" if last else ""
+        start, lease_id = rollout.length, rollout.lease_id
+        request = (rollout.rollout_id, lease_id, start, tokens, version, finish_reason, self.now)
+        assert self.ledger.append(*request)
+        if tokens:
+            self.follower.extended.append((rollout.rollout_id, version, tokens))
+            append_piece(self.columns, rollout.rollout_id, version, tokens)
+            self.versions[rollout.rollout_id] += [version] * tokens
+            self.overdue |= version < self.ledger.version
+        if again and (tokens or last):
+            assert not self.ledger.append(*request)  # the answer was lost
+
+    @turn(
+        2,
+        which=st.lists(st.integers(0, 11), min_size=1, max_size=4),
+        rewards=st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=4, max_size=4),
+    )
+    def score(self, which, rewards):
+        complete = self.held(State.COMPLETE)
+        chosen = {complete[i % len(complete)] for i in which} if complete else ()
+        for rollout, reward in zip(chosen, rewards, strict=False):
+            if rollout.state is State.COMPLETE:  # else it became surplus by a sibling
+                lease_id = rollout.lease_id
+                assert self.ledger.score(rollout.rollout_id, lease_id, reward)
+                if rollout.rollout_id in self.ledger.book.rollouts:
+                    assert not self.ledger.score(rollout.rollout_id, lease_id, reward)
+
+    @turn(2, which=st.integers(0, 11), how=st.sampled_from(["fail", "fail again", "release"]))
+    def lose(self, which, how):
+        held = self.held(*HELD)
+        if not held:
+            return
+        rollout = held[which % len(held)]
+        rollout_id, lease_id = rollout.rollout_id, rollout.lease_id
+        if how == "release":
+            self.ledger.release(rollout_id, lease_id)
+            return
+        if how == "fail again":
+            rollout.attempts = self.follower.book.rollouts[rollout_id].attempts = 1
+        if self.ledger.fail(rollout_id, lease_id, "broken"):
+            self.versions[rollout_id] = []
+            self.columns.restart(rollout_id)
+
+    @turn(1, which=st.integers(1, 20), how=st.sampled_from(["append", "score", "fail", "release"]))
+    def use_a_lost_lease(self, which, how):
+        rollout_id, lease_id = self.leases[-which] if which <= len(self.leases) else (1, 0)
+        rollout = self.ledger.book.rollouts.get(rollout_id)
+        if rollout is not None and lease_id in (rollout.lease_id, rollout.scored_lease_id):
+            return
+        calls = {
+            "append": lambda: self.ledger.append(rollout_id, lease_id, 0, 1, 0, "", self.now),
+            "score": lambda: self.ledger.score(rollout_id, lease_id, 1.0),
+            "fail": lambda: self.ledger.fail(rollout_id, lease_id, "broken"),
+            "release": lambda: self.ledger.release(rollout_id, lease_id),
+        }
+        try:
+            calls[how]()
         except LeaseLost:
-            assert not valid
-
-    @rule(lease=leases)
-    def score(self, lease):
-        if lease is not None and lease[0].lease_id == lease[1] and lease[0].state is State.COMPLETE:
-            self.ledger.score(lease[0].rollout_id, lease[1], 1.0)
-
-    @rule(lease=leases, give_up=st.booleans())
-    def lose(self, lease, give_up):
-        if lease is None or lease[0].lease_id != lease[1]:
             return
-        if give_up:
-            self.ledger.fail(lease[0].rollout_id, lease[1], "broken")
-        else:
-            self.ledger.release(lease[0].rollout_id, lease[1])
+        raise AssertionError(f"{how} by lease {lease_id} of {rollout}")
 
-    @rule(engine=st.sampled_from("ab"))
-    def crash(self, engine):
-        self.ledger.release_engine(engine)
+    @turn(3, most=st.integers(1, 9), spread=st.booleans())
+    def work(self, most, spread):
+        """Engines that do their work, so that schedules get somewhere."""
+        for n, rollout in enumerate(self.held(*HELD)[:most]):
+            if rollout.rollout_id in self.ledger.book.rollouts:  # else it became surplus by a sibling
+                self.finish(rollout, float(n) if spread else 0.5)
 
-    @rule(passed=st.floats(0.1, 6.0))
-    def wait(self, passed):
+    def finish(self, rollout, reward):
+        if rollout.state is State.LEASED:
+            tokens = 0 if rollout.finish_reason else 1
+            self.extend(rollout, tokens, self.ledger.version, last=True)
+        self.ledger.score(rollout.rollout_id, rollout.lease_id, reward)
+
+    @turn(1, engine=st.sampled_from("ab"), noticed=st.booleans())
+    def crash(self, engine, noticed):
+        """It starts anew and does not know what it held: where nobody noticed all of that is given to it again."""
+        self.known[engine] = 0
+        if noticed:
+            self.ledger.release_engine(engine)
+
+    @turn(1, passed=st.floats(0.1, 6.0), alive=st.sampled_from(["", "a", "ab"]))
+    def wait(self, passed, alive):
         self.now += passed
-        self.ledger.expire(self.now)
+        for engine in alive:
+            self.ledger.heartbeat(engine, self.now)
+        for rollout in self.ledger.expire(self.now):
+            assert rollout.state is State.QUEUED and not rollout.lease_id
+        engines = self.ledger.book.engines
+        for rollout in self.ledger.book.rollouts.values():
+            if rollout.lease_id:
+                assert max(rollout.touched, engines[rollout.engine_id].seen) + 5.0 > self.now
 
-    @precondition(lambda self: self.batch is None)
-    @rule()
-    def read(self):
-        self.batch = self.ledger.select()
+    # ---- the learner -----------------------------------------------------------------------------------------------
+
+    @turn(5, arrives=st.integers(0, 3), commit=st.booleans(), again=st.booleans())
+    def learn(self, arrives, commit, again):
         if self.batch is None:
+            self.read(arrives)
+        if self.batch is not None and commit:
+            self.commit(again)
+
+    def read(self, arrives):
+        open_batches = sorted(self.ledger.book.batches)
+        batch = self.ledger.select(after=self.got)
+        if batch is None:
             return
-        self.check_batch()
+        assert not open_batches or [*batch.batch_ids] == open_batches
+        self.check_batch(batch)
+        if arrives:
+            self.batch, self.got = batch, batch.batch_ids[0]
 
-    def check_batch(self):
-        batch, ledger = self.batch, self.ledger
-        assert len(batch.group_ids) == B and len(batch.rollout_ids) == B * N
-        assert not self.trained & set(batch.rollout_ids)
-        assert batch.staleness_min >= 0 and batch.staleness_max <= self.bound
-        assert batch.trainable_tokens > 0
-        if self.over_stale != "mask":
-            ages = [batch.version - v for r in batch.rollout_ids for v, _ in ledger.rollouts[r].spans]
-            assert max(ages) <= self.bound
-            assert batch.tokens == batch.trainable_tokens
+    def check_batch(self, batch):
+        book, config = self.ledger.book, self.settings
+        assert len(batch.group_ids) == config.prompts_per_step
+        assert len({*batch.rollout_ids}) == config.prompts_per_step * config.rollouts_per_prompt
+        assert not any(r in self.trained for r in batch.rollout_ids)
+        aged = {r: [batch.version - v for v in self.versions[r]] for r in batch.rollout_ids}
+        every = [a for ages in aged.values() for a in ages]
+        trainable = [a for a in every if 0 <= a <= self.bound]
+        assert (batch.tokens, batch.trainable_tokens) == (len(every), len(trainable))
+        assert (batch.staleness_min, batch.staleness_max) == (min(trainable), max(trainable))
+        for group_id in batch.group_ids:
+            members = book.groups[group_id].rollouts
+            assert min(a for r in members for a in aged[r]) <= self.bound
+            if config.dynamic_sampling:
+                assert len({r.reward for r in members.values()}) > 1
+        if config.over_stale == "drop" or (config.over_stale == "wait" and not self.overdue):
+            assert max(every) <= self.bound
 
-    @precondition(lambda self: self.batch is not None)
-    @rule()
-    def commit(self):
-        assert self.ledger.commit(self.batch.batch_id, self.ledger.version + 1).holds
-        self.trained |= set(self.batch.rollout_ids)
+    def commit(self, again):
+        (batch_id,), version = self.batch.batch_ids, self.ledger.version + 1
+        counts = self.ledger.commit(batch_id, version)
+        self.trained.update(self.batch.rollout_ids)
+        assert counts.holds and counts.trained == self.trained.total()
+        if again:
+            assert self.ledger.commit(batch_id, version) == counts
+            self.ledger.publish(version)
         self.batch = None
 
+    # ---- always ----------------------------------------------------------------------------------------------------
+
+    @turn(2, replayed=st.booleans())
+    def resume(self, replayed):
+        """The process is another one: its book is read from a base, or from the rows alone."""
+        if replayed:
+            book, columns = self.follower.book, self.follower.columns
+        else:
+            book, columns = self.ledger.book, self.columns
+        state = base.decode(base.encode(base.dump(book, columns, 1, [], 0)))
+        book, self.columns = base.load(state, self.settings, no_columns().blocks, self.now)
+        book.frontier = self.ledger.book.frontier
+        self.ledger = Ledger(self.settings, book)
+
     @invariant()
-    def accounts(self):
+    def holds(self):
         if not hasattr(self, "ledger"):
-            return
-        self.ledger.check()
-        assert len(self.ledger.groups) <= (self.bound + 1) * B
-        if self.over_stale == "wait":
-            assert "over_stale" not in self.ledger.counts().dropped
+            return  # before the beginning
+        book = self.ledger.book
+        counts = self.ledger.check()
+        assert len(book.groups) <= (self.bound + 1) * self.settings.prompts_per_step
+        assert set(self.trained.values()) <= {1}
+        if self.settings.over_stale == "wait" and not self.overdue:
+            assert "over_stale" not in counts.dropped
+        if not self.settings.dynamic_sampling:
+            assert "no reward spread" not in counts.dropped
+        recount(book)
+        self.columns.drop(*self.ledger.take_closed())
+        self.follower.follow(self.ledger.take_rows(), self.now)
+        assert state_of(self.follower.book, self.follower.columns) == state_of(book, self.columns)
+        recount(self.follower.book)
 
     def teardown(self):
-        """From wherever the schedule ended, working engines and a working learner make progress."""
+        """From wherever the schedule ended, working engines and a working learner make progress, also at the memory budget
+        and where groups are dropped on the way."""
         if not hasattr(self, "ledger"):
             return
         ledger = self.ledger
         for engine in "ab":
             ledger.release_engine(engine)
-        if self.batch is not None:
-            ledger.commit(self.batch.batch_id, ledger.version + 1)
-        for _ in range(3):
-            ledger.admit(ledger.capacity)
-            for r in ledger.lease("a", 1000, self.now):
-                if not r.finish_reason:
-                    ledger.append(r.rollout_id, r.lease_id, r.length, 1, ledger.version, "stop", self.now)
-                else:
-                    ledger.append(r.rollout_id, r.lease_id, r.length, 0, ledger.version, "stop", self.now)
-                ledger.score(r.rollout_id, r.lease_id, 0.0)
+        for batch_id in sorted(ledger.book.batches):
+            ledger.commit(batch_id, ledger.version + 1)
+        before, steps = ledger.counts().trained, 0
+        # A round may go to groups that are dropped: those over-stale by now, and one in four for its rewards.
+        for round_number in range(12):
+            first = ledger.book.frontier
+            self.offer([Prompt(f"fresh{i}", i) for i in range(first, first + ledger.capacity)])
+            for rollout in ledger.lease("a", 1000, self.now, next_batch_only=True):
+                spread = (rollout.group.group_id // self.settings.shards + round_number) % 4
+                if rollout.rollout_id in ledger.book.rollouts:  # it may have become surplus by its siblings
+                    self.finish(rollout, float(rollout.rollout_id) if spread else 0.0)
             batch = ledger.select()
-            if batch is None:  # everything that was ready was over-stale and dropped: there is room again
-                assert ledger.capacity > 0
-                continue
-            ledger.commit(batch.batch_id, ledger.version + 1)
-        assert ledger.check().trained > 0
+            if batch is not None:
+                self.check_batch(batch)
+                ledger.commit(batch.batch_ids[0], ledger.version + 1)
+                steps += 1
+            self.holds()
+        assert steps >= 3 and ledger.check().trained > before
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TURNS = turns(LedgerMachine)
+LedgerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestLedger = LedgerMachine.TestCase

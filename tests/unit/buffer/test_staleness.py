@@ -1,6 +1,8 @@
-"""The one formula, and the two rules that follow from it."""
+"""The one formula, and the rules that follow from it."""
 
-from hypothesis import given
+from collections import Counter
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.buffer import staleness
@@ -13,6 +15,7 @@ def test_a_token_is_trainable_up_to_the_bound_and_never_from_the_future():
     assert not staleness.is_trainable(7, 8, 2)
 
 
+@settings(deadline=None)
 @given(held=st.integers(0, 200), batch=st.integers(1, 20), bound=st.integers(0, 8))
 def test_what_is_admitted_can_be_trained_inside_the_bound(held, batch, bound):
     capacity = staleness.admission_capacity(held, batch, bound)
@@ -23,15 +26,19 @@ def test_what_is_admitted_can_be_trained_inside_the_bound(held, batch, bound):
         assert held // batch > bound
 
 
+@settings(deadline=None)
 @given(deadlines=st.lists(st.integers(0, 6), max_size=12), version=st.integers(0, 3), batch=st.integers(1, 4))
 def test_may_hand_over_is_exactly_earliest_deadline_first_feasibility(deadlines, version, batch):
     left, now, feasible = sorted(deadlines), version, True
     while left:
         now += 1  # the next hand-over
-        feasible = feasible and left[0] >= now
         feasible = feasible and all(d >= now for d in left[:batch])
         left = left[batch:]
-    assert staleness.may_hand_over(version, deadlines, batch) == feasible
+    assert staleness.may_hand_over(version, Counter(deadlines), batch) == feasible
+
+
+def test_a_deadline_that_nobody_has_any_more_does_not_count():
+    assert staleness.may_hand_over(5, {3: 0, 6: 1}, 1)
 
 
 def test_ages_split_a_token_s_staleness_into_flight_and_queue():
@@ -39,3 +46,24 @@ def test_ages_split_a_token_s_staleness_into_flight_and_queue():
     assert (in_flight, in_queue) == (20, 28)
     total = 10 * staleness.staleness(9, 5) + 4 * staleness.staleness(9, 7)
     assert in_flight + in_queue == total
+
+
+def test_drops_are_counted_by_the_decile_of_their_length():
+    lengths = dict.fromkeys(range(1, 101), 1)
+    assert staleness.drops_by_length_decile(lengths, {}) == [0] * 10
+    assert staleness.drops_by_length_decile(lengths, {5: 1, 10: 1, 11: 1, 100: 1}) == [2, 1, *[0] * 7, 1]
+
+
+def test_rollouts_of_one_length_count_where_the_middle_one_lies():
+    assert staleness.drops_by_length_decile({7: 10}, {7: 3}) == [0, 0, 0, 0, 0, 3, 0, 0, 0, 0]
+    assert staleness.drops_by_length_decile({1: 80, 2: 20}, {2: 6}) == [0] * 9 + [6]
+    assert staleness.drops_by_length_decile({}, {}) == [0] * 10
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 50), st.integers(1, 9), min_size=1), st.data())
+def test_no_drop_is_lost_and_longer_ones_are_in_no_lower_decile(lengths, data):
+    dropped = {k: data.draw(st.integers(0, n)) for k, n in lengths.items()}
+    assert sum(staleness.drops_by_length_decile(lengths, dropped)) == sum(dropped.values())
+    where = [staleness.drops_by_length_decile(lengths, {k: 1}).index(1) for k in sorted(lengths)]
+    assert where == sorted(where)

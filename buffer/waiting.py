@@ -1,0 +1,82 @@
+"""Requests that could not be answered yet, in the order in which they came, by kind. Pure.
+
+Of one kind all wait for the same thing, so once one of them gets nothing the rest need not be asked: with a thousand engines
+waiting for work the loop looks at one. A request that came just now is looked at in any case (it may be owed what an answer
+before it gave away). Called by `service`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from asyncrl.buffer import wire
+
+Key = tuple[bytes, bytes]
+"""(address, request id)"""
+
+
+@dataclass(slots=True)
+class Waiting:
+    key: Key
+    request: wire.Waits
+    body: bytes | memoryview
+    since: float
+    deadline: float
+    is_new: bool = True
+
+
+class WaitingRoom:
+    def __init__(self) -> None:
+        self._by_kind: dict[type[wire.Waits], dict[Key, Waiting]] = {}
+        self._new: list[Waiting] = []
+        self._deadlines: list[tuple[float, Key, type[wire.Waits]]] = []
+        """Heap; entries of requests that were answered are passed over when they come up."""
+
+    def __iter__(self) -> Iterator[Waiting]:
+        for kind in self._by_kind.values():
+            yield from kind.values()
+
+    def put(self, key: Key, request: wire.Waits, body: bytes | memoryview, now: float) -> None:
+        """The same request once more takes the place of the first (its asker may have lost the connection) and keeps its
+        deadline: who asks again and again would else never be told that there is nothing."""
+        kind = self._by_kind.setdefault(type(request), {})
+        first = kind.get(key)
+        since = first.since if first else now
+        waiting = kind[key] = Waiting(key, request, body, since, since + request.timeout_s)
+        self._new.append(waiting)
+        heapq.heappush(self._deadlines, (waiting.deadline, key, type(request)))
+
+    def serve(self, attempt: Callable[[Waiting], bool]) -> None:
+        """Calls `attempt` for those that may get something now; it says whether it answered, which ends the wait."""
+        for kind in self._by_kind.values():
+            for waiting in list(kind.values()):
+                if not attempt(waiting):
+                    break
+                del kind[waiting.key]
+        new, self._new = self._new, []
+        for waiting in new:
+            kind = self._by_kind[type(waiting.request)]
+            if kind.get(waiting.key) is waiting and waiting.is_new and attempt(waiting):
+                del kind[waiting.key]
+            waiting.is_new = False
+
+    def late(self, now: float) -> Iterator[Waiting]:
+        """Takes out those whose deadline is over."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, key, kind = heapq.heappop(self._deadlines)
+            waiting = self._by_kind[kind].get(key)
+            if waiting is not None and waiting.deadline <= now:
+                del self._by_kind[kind][key]
+                yield waiting
+
+    def clear(self) -> Iterator[Waiting]:
+        """Takes out all."""
+        for kind in self._by_kind.values():
+            while kind:
+                yield kind.popitem()[1]
+
+    def next_deadline(self) -> float:
+        """Of any that waits or waited; infinity when there is none."""
+        return self._deadlines[0][0] if self._deadlines else float("inf")
