@@ -125,6 +125,10 @@ class Blocks:
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
+    def forget_file(self, generation: int) -> None:
+        """The file is deleted: while it is mapped its room on the disk is not given back."""
+        self._maps.pop(generation, None)
+
     def forget_files(self) -> None:
         """No file is mapped any more. Views that are still held keep theirs."""
         self._maps.clear()

@@ -87,7 +87,7 @@ class BufferClient:
         found = await self.ask(turn, wire.Capacity(timeout_s=wait_s), timeout_s=wait_s)
         return [found.value if shard == turn else 0 for shard in range(self.shards)]
 
-    async def admit(self, shard: int, prompts: Sequence[PromptRow], timeout_s: float = 30.0) -> wire.Admitted:
+    async def admit(self, shard: int, prompts: Sequence[PromptRow], timeout_s: float = 60.0) -> wire.Admitted:
         """Raises BadRequest past the shard's capacity."""
         request = wire.Admit(
             positions=[p.position for p in prompts],

@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 GRACE_S = 60.0
 """How much longer than a request's own waiting time its answer may take: a restart of the service fits in."""
 _ASK_AGAIN_S = 2.0
+_LOOK_S = 0.25
 """After the time at which the answer was due."""
 _ASK_WAITING_S = 8.0
 _DISK_FULL_S = 900.0
@@ -66,12 +68,9 @@ class Patience:
         self._disk_end = now + _DISK_FULL_S
 
     def waits(self) -> Iterator[float]:
-        """Seconds to wait after each time of asking; ends when it is time to give up.
-
-        What may take long is asked again on the way too: a service that was started anew knows nothing of it.
-        """
+        """Seconds to wait after each time of asking; ends when it is time to give up."""
         while (left := self._end - (now := time.monotonic())) > 0:
-            yield min(_ASK_AGAIN_S + min(_ASK_WAITING_S, max(0.0, self._due - now)), left)
+            yield min(ask_again_in(self._due - now), left)
 
     def for_disk(self, error: DiskFull) -> float:
         """The disk is full, the service lives: seconds to wait before asking again. Raises `error` in the end."""
@@ -82,10 +81,22 @@ class Patience:
         return _DISK_FULL_PAUSE_S
 
     def unreachable(self, endpoint: str, request: wire.Request) -> BufferUnreachable:
-        return BufferUnreachable(
-            f"no answer from the buffer at {endpoint} to {type(request).__name__} within {self._total_s:.0f} s; its "
-            "process has ended or is stuck, or the keys are not this run's: see the supervisor's report and the run's log"
-        )
+        return unreachable(endpoint, request, self._total_s)
+
+
+def ask_again_in(waits_s: float) -> float:
+    """Seconds without an answer after which to ask again for what may rightly wait for `waits_s` more.
+
+    What may take long is asked again on the way too: a service that was started anew knows nothing of it.
+    """
+    return _ASK_AGAIN_S + min(_ASK_WAITING_S, max(0.0, waits_s))
+
+
+def unreachable(endpoint: str, request: wire.Request, waited_s: float) -> BufferUnreachable:
+    return BufferUnreachable(
+        f"no answer from the buffer at {endpoint} to {type(request).__name__} within {waited_s:.0f} s; its process has "
+        "ended or is stuck, or the keys are not this run's: see the supervisor's report and the run's log"
+    )
 
 
 def understand(frames: Sequence[Any]) -> Answer:
@@ -108,11 +119,25 @@ def _prepare(socket: zmq.Socket[Any], endpoint: str, keys: ClientKeys) -> None:
     socket.connect(endpoint)
 
 
+@dataclass(slots=True)
+class Asked:
+    """A request that is under way."""
+
+    request: wire.Request
+    frames: Frames
+    answer: asyncio.Future[Sequence[Any]]
+    since: float
+    again_at: float
+    due: float
+    """When the service answers at the latest."""
+
+
 class Connection:
     """Asynchronous: `open` it on its event loop, then `ask`.
 
     The loop watches the socket's file descriptor and takes every answer that is there at once; that costs a fraction of a
-    future for each frame. The descriptor tells of *changes* only, so after each send the socket is looked at too.
+    future for each frame. The descriptor tells of *changes* only, so after each send the socket is looked at too. One timer
+    for all requests looks a few times a second for those that have waited long enough.
     """
 
     def __init__(self, endpoint: str, keys: ClientKeys) -> None:
@@ -120,8 +145,9 @@ class Connection:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         _prepare(self._socket, endpoint, keys)
         self._ids = itertools.count()
-        self._answers: dict[bytes, asyncio.Future[Sequence[Any]]] = {}
+        self.asked: dict[bytes, Asked] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -130,8 +156,10 @@ class Connection:
     async def close(self) -> None:
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
-        for answer in self._answers.values():
-            answer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for asked in self.asked.values():
+            asked.answer.cancel()
         self._socket.close()
 
     def _take_answers(self) -> None:
@@ -141,42 +169,69 @@ class Connection:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            answer = self._answers.get(frames[0].bytes)
-            if answer is not None and not answer.done():
-                answer.set_result(frames)
+            except zmq.ZMQError:
+                if self._socket.closed:  # a look at it was still due
+                    return
+                raise
+            asked = self.asked.get(frames[0].bytes)
+            if asked is not None and not asked.answer.done():
+                asked.answer.set_result(frames)
 
     async def ask(
         self, request: wire.Request, body: bytes | memoryview | None = None, timeout_s: float = 0.0
     ) -> Answer:
         """Raises BufferUnreachable, DiskFull (after a long time), LeaseLost, ArenaUnknown or BadRequest."""
+        loop = self._loop
+        if loop is None:
+            raise RuntimeError(f"the connection to {self.endpoint} is not open")
         request_id = next(self._ids).to_bytes(8, "little")
         frames: Frames = [request_id, wire.encode(request), *([] if body is None else [body])]
-        patience = Patience(timeout_s)
+        disk_end = loop.time() + _DISK_FULL_S
         try:
-            # Waits for the answer, and asks again while none comes; ends with it, or when patience does.
-            for wait_s in patience.waits():
-                answer = self._answers[request_id] = asyncio.get_running_loop().create_future()
+            # Waits for the answer; while the disk is full it asks again, until that has lasted for too long.
+            while True:
+                now, answer = loop.time(), loop.create_future()
+                due = now + timeout_s
+                self.asked[request_id] = Asked(
+                    request, frames, answer, now, now + ask_again_in(timeout_s), due
+                )
+                if self._timer is None:
+                    self._timer = loop.call_later(_LOOK_S, self._look)
                 self._send(frames)
                 try:
-                    # Not `wait_for`: on Python 3.11 it swallows a cancellation that comes together with the answer.
-                    async with asyncio.timeout(wait_s):
-                        return understand(await answer)
-                except TimeoutError:
-                    logger.info("%s to %s: asking again", type(request).__name__, self.endpoint)
-                except DiskFull as error:
-                    await asyncio.sleep(patience.for_disk(error))
-            raise patience.unreachable(self.endpoint, request)
+                    return understand(await answer)
+                except DiskFull:
+                    if loop.time() >= disk_end:
+                        raise
+                    await asyncio.sleep(_DISK_FULL_PAUSE_S)
         finally:
-            self._answers.pop(request_id, None)
+            self.asked.pop(request_id, None)
+
+    def _look(self) -> None:
+        """Asks again for what had no answer for a while, and gives up in the end."""
+        self._timer = None
+        if not self.asked or self._loop is None:
+            return
+        now = self._loop.time()
+        for asked in list(self.asked.values()):
+            if asked.answer.done():
+                continue
+            if now >= asked.due + GRACE_S:
+                asked.answer.set_exception(unreachable(self.endpoint, asked.request, now - asked.since))
+            elif now >= asked.again_at:
+                asked.again_at = now + ask_again_in(asked.due - now)
+                logger.info("%s to %s: asking again", type(asked.request).__name__, self.endpoint)
+                self._send(asked.frames)
+        self._timer = self._loop.call_later(_LOOK_S, self._look)
 
     def _send(self, frames: Frames) -> None:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) < 3)
         except zmq.Again:
-            # The service is away and its queue is full: the request is sent again with patience.
+            # The service is away and its queue is full: the request is sent again after a while.
             logger.info("%s takes no more requests for now", self.endpoint)
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            asyncio.get_running_loop().call_soon(self._take_answers)
+        if self._loop is not None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._take_answers)
 
 
 class BlockingConnection:

@@ -2,7 +2,7 @@
 bytes hash to.
 
 A commit counts when its record is whole, its number is the next, and the bytes that it names are there and hash to what
-it says; everything behind the last such record is a torn tail. Hashes are XXH3 (64 bits): they find torn and rotten
+it says; what is behind the last such record is a torn tail, or damage where later records are whole (`whole_behind`). Hashes are XXH3 (64 bits): they find torn and rotten
 bytes, not forged ones. Pure but for reading. Called by `log` and `recovery`.
 """
 
@@ -59,3 +59,14 @@ def committed(journal: bytes | memoryview, streams: Sequence[memoryview]) -> Ite
                 return
         yield record
         before = record
+
+
+def whole_behind(journal: bytes | memoryview, number: int) -> int:
+    """How many whole records stand behind the one with this number, which does not count.
+
+    Commits are written one after the other, so the death of a process leaves none: only a disk does.
+    """
+    start = (number + 1) * RECORD_BYTES
+    return sum(
+        decode(journal[at : at + RECORD_BYTES]) is not None for at in range(start, len(journal), RECORD_BYTES)
+    )

@@ -21,7 +21,7 @@ from asyncrl.buffer.blocks import Blocks, Piece
 from asyncrl.buffer.book import Book
 from asyncrl.buffer.columns import Columns, Prompt, slices
 from asyncrl.buffer.errors import LogDamaged
-from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record, committed
+from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record, committed, whole_behind
 from asyncrl.buffer.log import LAYOUTS, file_of, journal_of, values_at
 from asyncrl.buffer.records import LedgerSettings, Transition
 from asyncrl.buffer.rows import StateRows
@@ -70,8 +70,9 @@ def recover(
     paths = [file_of(folder, name, state.generation) for name in STREAMS]
     buffers = [_read(path) for path in paths]
     journal = _read(journal_of(folder, state.generation))
-    fold = _Fold(book, columns, state.generation, state.next_seq, now)
     records = list(committed(memoryview(journal), [memoryview(b) for b in buffers]))
+    _refuse_damage(journal_of(folder, state.generation), journal, len(records))
+    fold = _Fold(book, columns, state.generation, state.next_seq, now)
     for before, record in itertools.pairwise(records):
         for name, data, start, end in zip(STREAMS, buffers, before.ends, record.ends, strict=True):
             if end > start:
@@ -80,6 +81,17 @@ def recover(
     last = records[-1] if records else None
     cut = _cut(paths, journal_of(folder, state.generation), buffers, journal, last)
     return Recovered(book, columns, state, last, fold.next_seq, len(records), cut)
+
+
+def _refuse_damage(path: Path, journal: pa.Buffer, number: int) -> None:
+    """Raises LogDamaged where commit `number` does not count and later ones are whole: they were acknowledged."""
+    lost = whole_behind(memoryview(journal), number)
+    if lost:
+        raise LogDamaged(
+            f"{path}: commit {number} or its rows are damaged, and {lost} later commits are whole. No crash of a process "
+            'leaves that: the power failed while durability = "os", or the disk is at fault. Restore the files, or go on '
+            f"from the commit before, without what came after: truncate -s {number * RECORD_BYTES} {path}"
+        )
 
 
 def _find_pieces(folder: Path, state: base.BaseState) -> None:

@@ -189,7 +189,12 @@ class BufferService:
         now = self._clock()
         self._waiting.serve(self._attempt)
         for waiting in self._waiting.clear() if self._stopping else self._waiting.late(now):
-            self._reply(*waiting.key, _empty(waiting.request))
+            if isinstance(waiting.request, wire.Admit):
+                self._refuse(
+                    *waiting.key, BadRequest("nothing was admitted: a snapshot was being made all the time")
+                )
+            else:
+                self._reply(*waiting.key, _empty(waiting.request))
             self._count_wait(waiting, now)
 
     def _attempt(self, waiting: Waiting) -> bool:

@@ -142,11 +142,7 @@ class Store:
             base.write(base.path_of(self.folder, generation), base.encode(state), fsync=fsync)
             log = Log(self.folder, generation, fsync=self._fsync, next_seq=self.log.next_seq)
         except (DiskFull, OSError) as error:
-            # With its base there the new generation would be the one to recover, and this one still grows. The base goes
-            # last: streams without one would be in the way of the next try.
-            for path in self._streams_of(generation):
-                path.unlink(missing_ok=True)
-            base.remove(base.path_of(self.folder, generation))
+            self._take_back(generation)
             raise disk_full(self.folder, error) from error
         self.log.close()
         self.log, self.history = log, history
@@ -163,6 +159,7 @@ class Store:
         for generation in {*self._generations(), *bases} - needed:
             for path in (*self._streams_of(generation), base.path_of(self.folder, generation)):
                 path.unlink(missing_ok=True)
+            self.blocks.forget_file(generation)
         for path in self.folder.glob("abandoned-*"):
             shutil.rmtree(path)
 
@@ -215,13 +212,23 @@ class Store:
         rewound = self._rewound(state)
         try:
             base.write(base.path_of(self.folder, rewound.generation), base.encode(rewound))
-        except OSError as error:
-            base.remove(base.path_of(self.folder, rewound.generation))
+            # Its files are made before the present ones are left: where there is no room for them nothing has changed.
+            Log(self.folder, rewound.generation, fsync=self._fsync, next_seq=rewound.next_seq).close()
+        except (DiskFull, OSError) as error:
+            self._take_back(rewound.generation)
             raise disk_full(self.folder, error) from error
         self.log.close()
-        self.blocks = self._new_blocks()
+        self.blocks, at_start = self._new_blocks(), self.recovery
         self._open(rewound)
+        self.recovery = at_start
         return snapshot
+
+    def _take_back(self, generation: int) -> None:
+        """Removes what there is of a generation that could not be begun: it would be the one to recover, and the present
+        one still grows. The base goes last: streams without one would be in the way of the next try."""
+        for path in self._streams_of(generation):
+            path.unlink(missing_ok=True)
+        base.remove(base.path_of(self.folder, generation))
 
     def _rewound(self, state: base.BaseState) -> base.BaseState:
         """The snapshot's state as the beginning of a new generation."""

@@ -30,7 +30,8 @@ class Waiting:
 class WaitingRoom:
     def __init__(self) -> None:
         self._by_kind: dict[type[wire.Waits], dict[Key, Waiting]] = {}
-        self._new: list[Waiting] = []
+        self._new: dict[Key, Waiting] = {}
+        """By key: while the disk is full none is looked at, and each is asked again every second."""
         self._deadlines: list[tuple[float, Key, type[wire.Waits]]] = []
         """Heap; entries of requests that were answered are passed over when they come up."""
 
@@ -45,7 +46,7 @@ class WaitingRoom:
         first = kind.get(key)
         since = first.since if first else now
         waiting = kind[key] = Waiting(key, request, body, since, since + request.timeout_s)
-        self._new.append(waiting)
+        self._new[key] = waiting
         heapq.heappush(self._deadlines, (waiting.deadline, key, type(request)))
 
     def serve(self, attempt: Callable[[Waiting], bool]) -> None:
@@ -55,8 +56,8 @@ class WaitingRoom:
                 if not attempt(waiting):
                     break
                 del kind[waiting.key]
-        new, self._new = self._new, []
-        for waiting in new:
+        new, self._new = self._new, {}
+        for waiting in new.values():
             kind = self._by_kind[type(waiting.request)]
             if kind.get(waiting.key) is waiting and waiting.is_new and attempt(waiting):
                 del kind[waiting.key]

@@ -65,6 +65,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return self.prompts.prompts_per_step * self.prompts.rollouts_per_prompt
 
     @property
+    def rollouts_per_group(self) -> int:
+        """Sampled for one prompt, spare ones included."""
+        return self.prompts.rollouts_per_prompt + self.buffer.group_policy.spare_rollouts_per_prompt
+
+    @property
     def held_groups_limit(self) -> int:
         """Prompts that may be under way at once: (max_staleness_versions + 1) x prompts_per_step."""
         return (self.staleness.max_staleness_versions + 1) * self.prompts.prompts_per_step
@@ -98,7 +103,8 @@ class Problem(msgspec.Struct, frozen=True):
 
 def cross_check(recipe: Recipe) -> list[Problem]:
     """Every rule that two or more settings break together."""
-    return [*_check_batches(recipe), *_check_lengths(recipe), *_check_pools(recipe), *_check_sft(recipe)]
+    checks = (_check_batches, _check_buffer, _check_lengths, _check_pools, _check_sft)
+    return [problem for check in checks for problem in check(recipe)]
 
 
 def _check_batches(recipe: Recipe) -> Iterator[Problem]:
@@ -121,6 +127,24 @@ def _check_batches(recipe: Recipe) -> Iterator[Problem]:
             "prompts.system",
             repr(prompts.system),
             "is used by the chat template only: set prompts.chat_template = true",
+        )
+
+
+def _check_buffer(recipe: Recipe) -> Iterator[Problem]:
+    buffer, prompts = recipe.buffer, recipe.prompts
+    if buffer.shards > prompts.prompts_per_step:
+        yield Problem(
+            "buffer.shards",
+            str(buffer.shards),
+            f"each shard gives at least one prompt's group to every batch, and a step has {prompts.prompts_per_step} "
+            "(prompts.prompts_per_step): lower the one or raise the other",
+        )
+    if buffer.dynamic_sampling and prompts.rollouts_per_prompt < 2:
+        yield Problem(
+            "buffer.dynamic_sampling",
+            "true",
+            f"drops every group whose rewards are all equal, and with prompts.rollouts_per_prompt = "
+            f"{prompts.rollouts_per_prompt} that is every group: set at least 2 rollouts, or false",
         )
 
 

@@ -6,6 +6,8 @@ import msgspec
 
 from asyncrl.recipes.recipe import Recipe
 
+_TOKEN_BYTES = 8
+"""In the buffer: the token and its logprob."""
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -29,7 +31,9 @@ def wire_bytes(recipe: Recipe, parameters: int) -> int:
 def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
     """`parameters` of the model, None where it is not there yet."""
     prompts, learner, bound = recipe.prompts, recipe.learner, recipe.staleness.max_staleness_versions
-    b, n = prompts.prompts_per_step, prompts.rollouts_per_prompt
+    b, n, group = prompts.prompts_per_step, prompts.rollouts_per_prompt, recipe.rollouts_per_group
+    longest, spare = recipe.sampling.max_new_tokens, group - n
+    under_way = recipe.held_groups_limit * group
     sizes = [
         Size("rollouts per step", f"{b * n:,}", f"{b} prompts_per_step x {n} rollouts_per_prompt"),
         Size("prompts in the whole run", f"{b * recipe.run.steps:,}", f"{b} x {recipe.run.steps} steps"),
@@ -40,8 +44,15 @@ def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
         ),
         Size(
             "rollouts under way, at most",
-            f"{recipe.held_groups_limit * n:,}",
-            f"{recipe.held_groups_limit} prompts x {n} rollouts_per_prompt",
+            f"{under_way:,}",
+            f"{recipe.held_groups_limit} prompts x "
+            + (f"({n} rollouts_per_prompt + {spare} spare)" if spare else f"{n} rollouts_per_prompt"),
+        ),
+        Size(
+            "answers under way, at most",
+            amount(_TOKEN_BYTES * under_way * longest),
+            f"{under_way:,} rollouts x {longest} max_new_tokens x {_TOKEN_BYTES} bytes; what is over "
+            f"{amount(recipe.buffer.memory_bytes)} (buffer.memory_bytes) is read back from the log",
         ),
         Size(
             "slots",
@@ -50,8 +61,8 @@ def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
         ),
         Size(
             "answer tokens per step, at most",
-            f"{b * n * recipe.sampling.max_new_tokens:,}",
-            f"{b * n} rollouts x {recipe.sampling.max_new_tokens} max_new_tokens",
+            f"{b * n * longest:,}",
+            f"{b * n} rollouts x {longest} max_new_tokens",
         ),
         Size(
             "optimizer steps",

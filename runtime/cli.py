@@ -105,7 +105,7 @@ def _launch(chosen: argparse.Namespace) -> int:
     # middle of an import can be swallowed there.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from asyncrl.runtime.launch import launch
-    from asyncrl.runtime.supervisor import PartFailed
+    from asyncrl.runtime.watch import PartFailed
 
     try:
         return launch(recipe, run_id, chosen.recipe, chosen.overrides, console)

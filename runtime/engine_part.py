@@ -11,7 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from asyncrl.buffer import BufferClient
+from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.dispatcher import Dispatcher
 from asyncrl.generators.engine import Engine
@@ -76,10 +76,10 @@ class EnginePart:
         self._receiver = Receiver(self._engine, endpoint, self._engine_id)
         await self._receiver.run()
 
-    async def dispatch(self, buffer_endpoint: str) -> None:
+    async def dispatch(self, address: BufferAddress) -> None:
         """Generates until `stop`, or until something breaks: the first fault is raised by itself."""
         try:
-            async with BufferClient(buffer_endpoint) as buffer:
+            async with BufferClient(address) as buffer:
                 self._dispatcher = Dispatcher(
                     engine=self._engine,
                     engine_id=self._engine_id,

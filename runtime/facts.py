@@ -132,6 +132,18 @@ class BufferFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Groups admitted and not yet terminal."""
     capacity_groups: int = 0
     """Groups that pacing allows to be held."""
+    quarantined_prompts: int = 0
+    """Given up after their rollouts failed again and again; others took their place."""
+    bytes_in_memory: int = 0
+    """Tokens and logprobs of live rollouts. Those that are on disk alone, over the budget or recovered after a death, are
+    `bytes_spilled`: they are read from the log when they are needed."""
+    bytes_spilled: int = 0
+    memory_bytes: int = 0
+    """The budget: `buffer.memory_bytes`."""
+    drops_by_length_decile: list[int] = []
+    """Dropped rollouts per decile of all closed rollouts' lengths, the shortest first; empty while none is dropped."""
+    recoveries: int = 0
+    """Processes of the buffer that died and were started again, since launch."""
 
     @property
     def live(self) -> int:

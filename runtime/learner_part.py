@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from asyncrl.buffer import BlockingBufferClient
+from asyncrl.buffer import BlockingBufferClient, BufferAddress
 from asyncrl.buffer.columns import slices
 from asyncrl.buffer.records import Selection
 from asyncrl.learner.metrics import StepMetrics
@@ -81,12 +81,12 @@ class LearnerPart:
         self._publisher = Publisher(self._recipe.weight_sync, self._run_id, self._plan, self._host)
         return self._publisher.endpoint
 
-    def meet(self, engine_ids: list[str], buffer_endpoint: str, timeout_s: float) -> None:
+    def meet(self, engine_ids: list[str], buffer: BufferAddress, timeout_s: float) -> None:
         """Waits for the engines to join, connects to the buffer."""
         if self._publisher is None:
             raise RuntimeError("meet is for rank 0, after start")
         self._publisher.wait_for_engines(frozenset(engine_ids), timeout_s)
-        self._buffer = BlockingBufferClient(buffer_endpoint)
+        self._buffer = BlockingBufferClient(buffer)
 
     def publish(self, version: int) -> SyncReport | None:
         """Sends the present weights as `version`. A collective; the report is rank 0's."""
@@ -121,15 +121,16 @@ class LearnerPart:
         sync = self.publish(self._version + 1)
         if batch is None or sync is None:
             return None
+        published = time.monotonic()
         selection, rows = batch
-        self._client().commit(selection.batch_id, self._version)
+        self._client().commit(selection.batch_ids, self._version)
         return StepOutcome(
             selection=selection,
             handover=examine(rows, selection.version, self._recipe.staleness.max_staleness_versions),
             metrics=metrics,
             sync=sync,
             train_s=trained - start,
-            publish_s=time.monotonic() - trained,
+            publish_s=published - trained,
         )
 
     def save(self) -> None:

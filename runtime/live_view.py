@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl.recipes.sizes import amount
 from asyncrl.runtime.bars import compact, shares, sparkline
 from asyncrl.runtime.bottleneck import bottleneck
 from asyncrl.runtime.engines_table import engines_table
@@ -157,6 +158,7 @@ def _facts(screen: Screen, now: Snapshot, width: int) -> Table:
     table.add_row("tokens/s", _rates(screen, now, room))
     table.add_row("buffer", _buffer_bar(now.buffer, room))
     table.add_row("", _buffer_ends(now.buffer))
+    table.add_row("memory", _memory(now.buffer))
     table.add_row("staleness", _staleness(screen, room))
     table.add_row("learner", _learner(screen, now))
     table.add_row("waits", Text(bottleneck(screen.snapshots[0], now), WARN))
@@ -210,6 +212,20 @@ def _buffer_ends(buffer: BufferFacts) -> Text:
         ("  failed ", QUIET),
         (f"{failed:,}", "red" if failed else ""),
     )
+
+
+def _memory(buffer: BufferFacts) -> Text:
+    text = Text(amount(buffer.bytes_in_memory), no_wrap=True, overflow="ellipsis")
+    text.append(" of ", QUIET).append(amount(buffer.memory_bytes))
+    for label, count, shown in (
+        ("on disk", buffer.bytes_spilled, amount(buffer.bytes_spilled)),
+        ("quarantined prompts", buffer.quarantined_prompts, f"{buffer.quarantined_prompts:,}"),
+        ("restarts", buffer.recoveries, f"{buffer.recoveries:,}"),
+    ):
+        if count:
+            text.append(f"  {label} ", QUIET)
+            text.append(shown, WARN)
+    return text
 
 
 def _staleness(screen: Screen, room: int) -> Text:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from asyncrl.recipes import Recipe
 from asyncrl.recipes.preflight import usable_cores
@@ -33,7 +33,8 @@ class PlacementError(RuntimeError):
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of a run, as Ray's handles. (Handles have no public type.)"""
 
-    buffer: Any
+    buffers: list[Any]
+    """One of each shard."""
     engines: dict[str, Any]
     learners: list[Any]
 
@@ -68,7 +69,7 @@ def place(recipe: Recipe, folder: str, run_id: str) -> Placed:
     """Makes every part; Ray starts their processes at once. Raises PlacementError."""
     host = "127.0.0.1" if not recipe.run.ray_address else ray.util.get_node_ip_address()
     shares = iter(_reserve(_demands(recipe)))
-    buffer = ray.remote(BufferPart).options(num_cpus=0, max_concurrency=2, name=f"{run_id}-buffer")
+    buffers = _buffers(recipe, folder, run_id, host)
     engines, learners = {}, []
     address = f"{host}:{free_port(host)}"
     for rank in range(recipe.learner.ranks):
@@ -81,7 +82,20 @@ def place(recipe: Recipe, folder: str, run_id: str) -> Placed:
                 **next(shares), max_concurrency=16, name=f"{run_id}-{engine_id}"
             )
             engines[engine_id] = engine.remote(recipe, folder, pool_index, engine_id, None)
-    return Placed(buffer=buffer.remote(recipe, folder, host), engines=engines, learners=learners)
+    return Placed(buffers=buffers, engines=engines, learners=learners)
+
+
+def _buffers(recipe: Recipe, folder: str, run_id: str, host: str) -> list[Any]:
+    """Beside the launcher, where the log is: Ray starts them again there when they die, and repeats no call of its own."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    part = ray.remote(BufferPart)
+    options = {"num_cpus": 0, "max_concurrency": 4, "max_restarts": -1, "max_task_retries": 0}
+    return [
+        part.options(**options, scheduling_strategy=here, name=f"{run_id}-buffer-{shard}").remote(
+            recipe, folder, host, shard
+        )
+        for shard in range(recipe.buffer.shards)
+    ]
 
 
 def _demands(recipe: Recipe) -> list[dict[str, float]]:

@@ -11,7 +11,8 @@ from asyncrl.recipes import Recipe, dump_recipe, recipe_from
 
 
 class RunFolder:
-    """`runs/NAME`: recipe.json, metrics.jsonl, summary.json, report.png, rollouts/ (Arrow), logs/, model/."""
+    """`runs/NAME`: recipe.json, metrics.jsonl, summary.json, report.png, rollouts/SHARD/ (Arrow), logs/, model/, and what the
+    parts find one another by: keys/ (its owner's alone) and endpoints/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,9 +23,14 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.logs = path / "logs"
         self.model = path / "model"
+        self.keys = path / "keys"
 
     def log(self, part: str) -> Path:
         return self.logs / f"{part}.log"
+
+    def endpoint(self, shard: int) -> Path:
+        """Where that shard of the buffer listens, from its first start on."""
+        return self.path / "endpoints" / f"buffer-{shard}"
 
     def read_recipe(self) -> Recipe:
         return recipe_from(msgspec.json.decode(self.recipe.read_bytes()), str(self.recipe))

@@ -11,11 +11,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
-from asyncrl.runtime.facts import PHASES, TRAINING, BufferFacts, Evaluation, Fact, Snapshot, StepFacts
+from asyncrl.runtime.facts import PHASES, BufferFacts, Evaluation, Fact
+from asyncrl.runtime.summary_totals import Step, Totals
 
 WILSON_Z = 1.959963984540054
 """The normal distribution's 97.5 % point: intervals of 95 %."""
@@ -61,6 +61,21 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     max: float
 
 
+class BufferUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the run asked of its buffer."""
+
+    memory_bytes: int
+    """The budget for tokens of live rollouts."""
+    bytes_in_memory_max: int
+    bytes_spilled_max: int
+    """On disk alone, over the budget or recovered after a death: read from the log when they were needed."""
+    recoveries: int
+    """Processes that died and were started again."""
+    quarantined_prompts: int
+    drops_by_length_decile: list[int]
+    """Dropped rollouts per decile of answer length, the shortest first; empty where none was dropped."""
+
+
 class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a run before it starts."""
 
@@ -98,6 +113,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     staleness: Spread | None
     """Over the answer tokens handed to the learner, masked ones included."""
     conservation: Conservation
+    buffer: BufferUse
     mismatch: Mismatch | None
     engine_tokens_per_s: float | None
     """Answer tokens of all engines, over the time of the training phase."""
@@ -125,7 +141,7 @@ def summarise(
     at step 0, "after" the last one at a later step. Of steps and rollouts that were done twice (a resumed run) both
     are counted, but `steps_done` is the number of the last step.
     """
-    totals = _Totals()
+    totals = Totals()
     for fact in facts:
         totals.add(fact)
     steps = totals.steps
@@ -147,6 +163,7 @@ def summarise(
         tokens_past_bound=sum(step.tokens_past_bound for step in steps),
         staleness=_staleness(steps),
         conservation=conservation(totals.buffer),
+        buffer=_buffer_use(totals),
         mismatch=_mismatch(steps),
         engine_tokens_per_s=totals.generated / totals.generating_s if totals.generating_s else None,
         learner_tokens_per_s=_mean([(step.learner_tokens_per_s, step.train_s) for step in steps]),
@@ -201,66 +218,16 @@ def read_summary(path: Path) -> Summary:
         ) from error
 
 
-class _Step(NamedTuple):
-    """What a summary needs of one step: a run has few enough of them to keep this much of each."""
-
-    step: int
-    reward: float
-    rollouts_over_versions: int
-    versions_in_rollout_max: int
-    tokens_trained: int
-    tokens_masked: int
-    tokens_past_bound: int
-    staleness_mean: float
-    staleness_max: int
-    mismatch_tokens: int
-    mismatch_max: float
-    mismatch_mean: float
-    mismatch_p95: float
-    learner_tokens_per_s: float
-    train_s: float
-    publish_s: float
-    engine_stall_s: float
-
-
-class _Totals:
-    """Takes facts in one by one."""
-
-    def __init__(self) -> None:
-        self.steps: list[_Step] = []
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
-        self.buffer = BufferFacts()
-        self.waits: dict[str, float] = {}
-        self.seconds = 0.0
-        self.version = 0
-        self.generated = 0.0
-        self.generating_s = 0.0
-        self._previous: Snapshot | None = None
-
-    def add(self, fact: Fact) -> None:
-        self.seconds = max(self.seconds, fact.seconds)
-        self.version = max(self.version, fact.version)
-        if isinstance(fact, StepFacts):
-            self.steps.append(
-                _Step(fact.step, fact.reward_mean, *(getattr(fact, name) for name in _Step._fields[2:]))
-            )
-        elif isinstance(fact, Snapshot):
-            self._add_snapshot(fact)
-        elif fact.step > 0:
-            self.after = fact
-        elif self.before is None:
-            self.before = fact
-
-    def _add_snapshot(self, now: Snapshot) -> None:
-        self.buffer, self.waits = now.buffer, now.waits
-        previous, self._previous = self._previous, now
-        if previous is None or now.phase != TRAINING or previous.phase != TRAINING:
-            return
-        span = now.seconds - previous.seconds
-        if span > 0 and math.isfinite(now.engine_tokens_per_s):
-            self.generated += now.engine_tokens_per_s * span
-            self.generating_s += span
+def _buffer_use(totals: Totals) -> BufferUse:
+    last = totals.buffer
+    return BufferUse(
+        memory_bytes=last.memory_bytes,
+        bytes_in_memory_max=totals.bytes_in_memory,
+        bytes_spilled_max=totals.bytes_spilled,
+        recoveries=last.recoveries,
+        quarantined_prompts=last.quarantined_prompts,
+        drops_by_length_decile=last.drops_by_length_decile,
+    )
 
 
 def _accuracy(evaluation: Evaluation | None) -> Accuracy | None:
@@ -293,12 +260,12 @@ def _spread(values: list[float]) -> Spread | None:
     return Spread(mean=sum(finite) / len(finite), max=max(finite)) if finite else None
 
 
-def _staleness(steps: list[_Step]) -> Spread | None:
+def _staleness(steps: list[Step]) -> Spread | None:
     mean = _mean([(step.staleness_mean, step.tokens_trained + step.tokens_masked) for step in steps])
     return None if mean is None else Spread(mean=mean, max=max(step.staleness_max for step in steps))
 
 
-def _mismatch(steps: list[_Step]) -> Mismatch | None:
+def _mismatch(steps: list[Step]) -> Mismatch | None:
     measured = [step for step in steps if step.mismatch_tokens > 0]
     sound = [
         step

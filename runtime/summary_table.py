@@ -9,8 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl.recipes.sizes import amount
 from asyncrl.runtime.plain_view import clock
-from asyncrl.runtime.summary import Accuracy, Spread, Summary
+from asyncrl.runtime.summary import Accuracy, BufferUse, Spread, Summary
 
 LABEL_WIDTH = 20
 NOT_MEASURED = "not measured"
@@ -93,6 +94,8 @@ def _accuracy(accuracy: Accuracy | None) -> str:
 def _rollouts(summary: Summary) -> list[Row]:
     counts = summary.conservation
     trained = summary.rollouts_trained
+    drops, quarantined = summary.buffer.drops_by_length_decile, summary.buffer.quarantined_prompts
+    failed = _reasons(counts.failed) + (f"; {quarantined:,} prompts quarantined" if quarantined else "")
     spanning = f"{summary.rollouts_over_versions:,} span two or more versions"
     if trained:
         spanning += f", at most {summary.versions_in_rollout_max}"
@@ -101,7 +104,8 @@ def _rollouts(summary: Summary) -> list[Row]:
         Row("rollouts trained", f"{trained:,}, of which {spanning}"),
         Row("tokens trained", f"{summary.tokens_trained:,}, masked as over-stale {summary.tokens_masked:,}"),
         Row("dropped", _reasons(counts.dropped)),
-        Row("failed", _reasons(counts.failed), BAD if any(counts.failed.values()) else ""),
+        *([Row("dropped by length", _deciles(drops))] if drops else []),
+        Row("failed", failed, BAD if any(counts.failed.values()) else ""),
     ]
 
 
@@ -109,6 +113,10 @@ def _reasons(counts: dict[str, int]) -> str:
     total = sum(counts.values())
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.items() if count)
     return f"{total:,} ({reasons})" if reasons else "0"
+
+
+def _deciles(drops: list[int]) -> str:
+    return f"{' '.join(f'{count:,}' for count in drops)} (deciles of answer length, the shortest first)"
 
 
 def _sound(summary: Summary) -> list[Row]:
@@ -128,8 +136,14 @@ def _sound(summary: Summary) -> list[Row]:
         ),
         Row("trained past bound", f"{past:,} tokens" + (": BROKEN" if past else ""), BAD if past else GOOD),
         Row("staleness", f"{staleness} ({bound})"),
+        *([Row("buffer restarts", _restarts(summary), "yellow")] if summary.buffer.recoveries else []),
         _mismatch(summary),
     ]
+
+
+def _restarts(summary: Summary) -> str:
+    count = summary.buffer.recoveries
+    return f"{count:,}: {'a process' if count == 1 else 'processes'} died and went on from the log"
 
 
 def _mismatch(summary: Summary) -> Row:
@@ -147,7 +161,9 @@ def _mismatch(summary: Summary) -> Row:
 
 def _speed(summary: Summary) -> list[Row]:
     engines, learner = _rate(summary.engine_tokens_per_s), _rate(summary.learner_tokens_per_s)
-    waits = ", ".join(f"{cause} {seconds:.0f} s" for cause, seconds in summary.waits.items())
+    waits = ", ".join(f"{cause} {s:.0f} s" for cause, s in summary.waits.items() if s >= 0.5)
+    if summary.waits and not waits:
+        waits = "none"
     return [
         Row(
             "engine tokens/s",
@@ -156,12 +172,20 @@ def _speed(summary: Summary) -> list[Row]:
         Row("learner tokens/s", f"{learner}" + (", while it trains" if summary.learner_tokens_per_s else "")),
         Row("weight sync", _seconds(summary.weight_sync_seconds)),
         Row("engine stall", _seconds(summary.engine_stall_seconds)),
+        Row("buffer memory", _memory(summary.buffer)),
         Row("waits", waits or NOT_MEASURED),
         Row(
             "phases",
             ", ".join(f"{name} {s:.1f} s" for name, s in summary.phase_seconds.items()) or NOT_MEASURED,
         ),
     ]
+
+
+def _memory(use: BufferUse) -> str:
+    if not use.memory_bytes:
+        return NOT_MEASURED
+    spilled = f", and {amount(use.bytes_spilled_max)} on disk alone" if use.bytes_spilled_max else ""
+    return f"at most {amount(use.bytes_in_memory_max)} of {amount(use.memory_bytes)}{spilled}"
 
 
 def _rate(rate: float | None) -> str:

@@ -105,7 +105,8 @@ async def admit_all(client: BufferClient, count: int) -> int:
         if not any(room):
             break
         for shard, most in enumerate(room):
-            some = prompts(min(most, count - admitted), first + admitted)
+            fair = -(-(count - admitted) // (len(room) - shard))
+            some = prompts(min(most, fair), first + admitted)
             if some:
                 admitted += (await client.admit(shard, some)).admitted
     return admitted

@@ -3,7 +3,8 @@
 Two driver processes hold the engines, each with a connection of its own (1,000 engines are 1,000 CURVE sockets). An engine
 does what a dispatcher does, with sleeping in place of sampling: every `flush_tokens` tokens it appends one segment for each of its slots, scores
 what is finished, and leases as many rollouts as it has free slots. A learner reads and commits batches as they become
-whole, a feeder admits what there is room for. The clock of the figures starts when all slots are filled.
+whole, a feeder admits what there is room for. The clock of the
+figures starts when every slot was filled and an eighth of them was trained.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from asyncrl.buffer.connection import BlockingConnection
 SPAWN: Final = multiprocessing.get_context("spawn")
 DRIVERS: Final = 2
 BATCH_GROUPS: Final = 128
-_LONGEST: Final = 4096
 _PROMPT: Final = np.arange(128, dtype=np.int32).tobytes()
 _WAIT_S: Final = 300.0
 
@@ -119,7 +119,7 @@ class FakeEngine:
             self._held[lease.rollout_id] = (
                 lease,
                 len(lease.tokens) // 4,
-                int(min(max(length, 16), _LONGEST)),
+                int(min(max(length, 16), 3 * self._load.mean_tokens)),
             )
 
     async def _append(self, seen: Seen) -> None:
@@ -273,10 +273,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     with world(load) as (shards, pipes, watcher, learner):
         deadline = time.monotonic() + _WAIT_S
-        # Waits for the engines to fill their slots; ends with that, or in time.
-        while watcher.status().states["leased"] < 0.9 * load.engines * load.slots:
+        # Waits for the engines to fill their slots and for the first batches; ends with that, or in time.
+        while learner.rollouts < load.engines * load.slots // 8:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"slots not filled within {_WAIT_S:.0f} s: {watcher.status()}")
+                raise TimeoutError(f"no steady state within {_WAIT_S:.0f} s: {watcher.status()}")
             time.sleep(0.5)
         trained, service_s = learner.rollouts, cpu_of(shards)
         for pipe in pipes:

@@ -78,11 +78,15 @@ class Run:
         return msgspec.json.decode((self.folder / "summary.json").read_bytes())
 
     def wait_for_step(self, timeout_s: float = 120.0) -> None:
-        """Until a step is done; fails with the output when the run ends or takes too long."""
+        """Until a step is done."""
+        self.wait_for(r"^step +\d+/", timeout_s=timeout_s)
+
+    def wait_for(self, line: str, times: int = 1, timeout_s: float = 120.0) -> None:
+        """Until so many lines of the output match; fails with the output when the run ends or takes too long."""
         deadline = time.monotonic() + timeout_s
-        while not re.search(r"^step +\d+/", self.text, re.MULTILINE):
+        while len(re.findall(line, self.text, re.MULTILINE)) < times:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
-            assert time.monotonic() < deadline, f"made no step:\n{self.text}"
+            assert time.monotonic() < deadline, f"no line {line!r}:\n{self.text}"
             time.sleep(0.1)
 
     def descendants(self) -> list[psutil.Process]:

@@ -1,6 +1,7 @@
 """The whole system, launched as a user does: Ray, buffer, engines, learner, weight sync, summary, and a clean end."""
 
 import contextlib
+import stat
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow.compute as pc
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncrl.buffer.log import read_stream
+from asyncrl.buffer.reading import read_log
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
 from tests.e2e.runs import Run
 
@@ -77,12 +78,11 @@ def test_a_run_on_real_vllm(tmp_path, model):
 
 def check_log(folder, steps):
     """What lies on disk agrees with what was trained."""
-    states = read_stream(folder / "states.arrows")
-    trained = states.filter(pc.equal(states["state"], "TRAINED"))
-    assert trained.num_rows == steps * 16
-    segments = read_stream(folder / "segments.arrows")
-    assert set(trained["rollout_id"].to_pylist()) <= set(segments["rollout_id"].to_pylist())
-    assert max(segments["version"].to_pylist()) >= 1
+    log = read_log(folder)
+    trained = log.states.filter(pc.equal(log.states["state"], "TRAINED"))["rollout_id"].to_pylist()
+    assert len(set(trained)) == len(trained) == steps * 16
+    assert set(trained) <= set(log.segments["rollout_id"].to_pylist())
+    assert max(log.segments["version"].to_pylist()) >= 1
 
 
 def test_two_learner_ranks_two_engines_and_wandb(tmp_path, model):
@@ -121,7 +121,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, model):
         assert run.left_over(children) == []
 
 
-@pytest.mark.parametrize("part", ["LearnerPart", "EnginePart", "BufferPart"])
+@pytest.mark.parametrize("part", ["LearnerPart", "EnginePart"])
 def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
     with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
         run.wait_for_step()
@@ -131,9 +131,37 @@ def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
         assert run.end(60) == 1, run.text
         assert time.monotonic() - began < 45
         assert run.left_over(children) == []
-    name = {"LearnerPart": "learner-0", "EnginePart": "fake-", "BufferPart": "buffer"}[part]
+    name = {"LearnerPart": "learner-0", "EnginePart": "fake-"}[part]
     outcome = run.summary["outcome"]
     assert outcome.startswith("failed: ") and name in outcome
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_run_outlives_the_death_of_its_buffer(tmp_path, model, shards):
+    with launched(tmp_path, model, "run.steps=12", f"buffer.shards={shards}") as run:
+        run.wait_for_step()
+        for deaths in (1, 2):
+            run.part("BufferPart.run").kill()
+            run.wait_for(r"^note +buffer shard \d died; recovered [\d,]+ rollouts", times=deaths)
+        children = run.descendants()
+        assert run.end(180) == 0, run.text
+        assert run.left_over(children) == []
+    check_sound(run.summary, steps=12)
+    assert run.summary["buffer"]["recoveries"] == 2
+    check_log(run.folder / "rollouts", steps=12)
+    assert stat.S_IMODE((run.folder / "keys").stat().st_mode) == 0o700
+
+
+def test_a_buffer_that_cannot_read_its_log_back_ends_the_run_with_its_traceback(tmp_path, model):
+    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+        run.wait_for_step()
+        # What the disk spoiled is found when the next process reads it back.
+        (base,) = (run.folder / "rollouts" / "0").glob("base-*.msgpack")
+        base.write_bytes(base.read_bytes()[:-1])
+        run.part("BufferPart.run").kill()
+        assert run.end(60) == 1, run.text
+    assert run.summary["outcome"].startswith("failed: buffer-0 failed")
+    assert "LogDamaged" in run.text and "recovery.py" in run.text
 
 
 def test_an_error_in_a_part_ends_the_run_with_its_traceback(tmp_path, model):

@@ -746,6 +746,15 @@ def test_a_rollout_in_no_group_is_noticed():
         ledger.check()
 
 
+def test_a_rollout_in_another_s_place_is_noticed_when_each_is_looked_up():
+    ledger = make()
+    (group,) = admit(ledger, 1)
+    ledger.book.rollouts[999] = ledger.book.rollouts.pop(min(group.rollouts))
+    assert ledger.check(every_rollout=False).holds
+    with pytest.raises(ConservationError, match="missing"):
+        ledger.check()
+
+
 def test_every_change_leaves_its_row():
     ledger = make(rollouts_per_prompt=1, prompts_per_step=1)
     commit(ledger, hand_over(ledger, 1))

@@ -451,5 +451,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TURNS = turns(LedgerMachine)
-LedgerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+LedgerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=50, deadline=None, report_multiple_bugs=False
+)
 TestLedger = LedgerMachine.TestCase

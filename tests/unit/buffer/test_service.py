@@ -757,8 +757,8 @@ def test_a_cancellation_that_comes_together_with_the_answer_is_not_lost(world):
         waiting = wire.Lease(engine_id="e", limit=1, after=0, timeout_s=20.0)
         asking = asyncio.create_task(client.ask(0, waiting, timeout_s=20.0))
         await asyncio.sleep(0.2)  # the request is out, and its answer is awaited
-        (answer,) = client._shards[0]._answers.values()
-        answer.set_result([zmq.Frame(b"id"), zmq.Frame(wire.encode(wire.Number(value=1)))])
+        (asked,) = client._shards[0].asked.values()
+        asked.answer.set_result([zmq.Frame(b"id"), zmq.Frame(wire.encode(wire.Number(value=1)))])
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking

@@ -41,11 +41,22 @@ def test_a_deadline_that_nobody_has_any_more_does_not_count():
     assert staleness.may_hand_over(5, {3: 0, 6: 1}, 1)
 
 
-def test_ages_split_a_token_s_staleness_into_flight_and_queue():
-    in_flight, in_queue = staleness.ages(9, 7, [(5, 10), (7, 4)])
-    assert (in_flight, in_queue) == (20, 28)
-    total = 10 * staleness.staleness(9, 5) + 4 * staleness.staleness(9, 7)
-    assert in_flight + in_queue == total
+def test_ageing_splits_a_token_s_staleness_into_flight_and_queue():
+    ageing = staleness.ageing(9, [(7, [(5, 10), (7, 4)]), (9, [(9, 1)])])
+    assert ageing.tokens_by_staleness == {4: 10, 2: 4, 0: 1}
+    assert (ageing.in_flight, ageing.in_queue) == (20, 28)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(0, 9), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5))))),
+)
+def test_flight_and_queue_are_all_of_the_ageing(version, answers):
+    ageing = staleness.ageing(version, answers)
+    total = sum(age * tokens for age, tokens in ageing.tokens_by_staleness.items())
+    assert ageing.in_flight + ageing.in_queue == total
+    assert sum(ageing.tokens_by_staleness.values()) == sum(n for _, spans in answers for _, n in spans)
 
 
 def test_drops_are_counted_by_the_decile_of_their_length():

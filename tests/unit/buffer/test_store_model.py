@@ -181,6 +181,17 @@ class Driver:
         if not self.shard.carry_out(request, b"").rollout_ids and rollout_id in self.book.rollouts:
             self.answers[rollout_id] = ([], [], [])
 
+    def poison(self, rollout_id):
+        """It fails until it is given up, and its prompt with it; unless memory is short, and it is not leased again."""
+        for _ in range(self.settings.max_attempts):
+            if rollout_id not in self.held:
+                self.lease("a", 100)
+                self.settle()
+            if rollout_id in self.held:
+                self.fail(rollout_id)
+                self.settle()
+                self.held.pop(rollout_id, None)
+
     def work(self, engine, rollout_ids):
         """Finishes and scores them."""
         live = [r for r in rollout_ids if r in self.book.rollouts]
@@ -275,12 +286,15 @@ class ShardMachine(RuleBasedStateMachine):
 
     # ---- engines and feeder ----------------------------------------------------------------------------------------
 
-    @turn(2, count=st.integers(1, 6))
-    def admit(self, count):
-        self.driver.admit(count)
-
-    @turn(4, engine=st.sampled_from("ab"), limit=st.integers(1, 6), works=st.booleans())
-    def lease(self, engine, limit, works):
+    @turn(
+        5,
+        prompts=st.integers(0, 6),
+        engine=st.sampled_from("ab"),
+        limit=st.integers(1, 6),
+        works=st.sampled_from([False, False, True]),
+    )
+    def lease(self, prompts, engine, limit, works):
+        self.driver.admit(prompts)
         before = {lease for _, lease in self.driver.leases}
         old = {r.lease_id for r in self.driver.book.rollouts.values() if r.lease_id}
         leased = self.driver.lease(engine, limit)
@@ -291,18 +305,17 @@ class ShardMachine(RuleBasedStateMachine):
             self.driver.work(engine, leased)
 
     @turn(
-        4,
-        which=st.lists(st.integers(0, 11), max_size=4),
-        engine=st.sampled_from("ab"),
+        6,
+        which=st.lists(st.integers(0, 11), min_size=1, max_size=4),
         tokens=st.integers(0, 5),
         done=st.booleans(),
         lag=st.integers(0, 1),
     )
-    def append(self, which, engine, tokens, done, lag):
-        leased = self.leased(engine)
+    def append(self, which, tokens, done, lag):
+        leased = self.leased("ab")
         some = {leased[i % len(leased)] for i in which} if leased else ()
         parts = [(r, tokens, done and bool(tokens + len(self.driver.answers[r][0]))) for r in some]
-        assert self.driver.append(engine, parts, max(0, self.driver.book.version - lag)) == []
+        assert self.driver.append("a", parts, max(0, self.driver.book.version - lag)) == []
         self.driver.score([r for r, _, finished in parts if finished])
 
     @turn(2, which=st.integers(0, 11), fails=st.booleans())
@@ -315,6 +328,12 @@ class ShardMachine(RuleBasedStateMachine):
         else:
             leases = [(rollout_id, self.driver.held[rollout_id])]
             self.driver.shard.carry_out(wire.Release(leases=leases), b"")
+
+    @turn(2, which=st.integers(0, 11))
+    def poison(self, which):
+        queued = sorted(r for r, held in self.driver.book.rollouts.items() if held.state is State.LEASED)
+        if queued:
+            self.driver.poison(queued[which % len(queued)])
 
     @turn(2, which=st.integers(0, 11))
     def append_and_fail_at_once(self, which):
@@ -379,7 +398,7 @@ class ShardMachine(RuleBasedStateMachine):
     @turn(2, which=st.integers(0, 11))
     def restore(self, which):
         if not self.saved:
-            return
+            return self.snapshot(0)
         step = sorted(self.saved)[which % len(self.saved)]
         driver = self.driver
         generation = driver.shard.store.log.generation
@@ -390,7 +409,8 @@ class ShardMachine(RuleBasedStateMachine):
         assert (book.frontier, book.version, book.serving) == (frontier, version, False)
         assert set(book.quarantined) >= self.quarantined
         quarantined = {int(name[1:]) for name in book.quarantined}
-        assert live - quarantined <= positions(driver.shard) <= live
+        in_training = {g.position for g in book.groups.values() if g.batch_id}
+        assert positions(driver.shard) == (live - quarantined) | in_training
         assert driver.shard.attempt(wire.Lease(engine_id="a", limit=9, after=0, timeout_s=0.0), b"") is None
         assert {*driver.shard.store.snapshots()} == {*self.saved}
         driver.trained = Counter(trained)
@@ -528,7 +548,9 @@ class ShardMachine(RuleBasedStateMachine):
 
 
 TURNS = turns(ShardMachine)
-ShardMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+ShardMachine.TestCase.settings = settings(
+    max_examples=50, stateful_step_count=30, deadline=None, report_multiple_bugs=False
+)
 TestShard = ShardMachine.TestCase
 
 
@@ -562,7 +584,7 @@ def cut_short(after):
 @pytest.fixture
 def two_snapshots(tmp_path):
     """A run with snapshots of steps 1 and 2, and work behind each of them."""
-    driver = Driver(tmp_path / "folder", tiny(rotate_bytes=2**20))
+    driver = Driver(tmp_path / "folder", tiny(rotate_bytes=2**20, memory_bytes=2**20))
     driver.round()
     driver.snapshot(1)
     driver.round()
@@ -596,6 +618,22 @@ def test_a_restore_that_is_cut_short_happened_or_did_not(two_snapshots, tmp_path
         if done:
             break
     assert done and len(seen) == 2
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_full_disk_keeps_a_snapshot_or_a_restore_from_happening_and_does_no_harm(two_snapshots, after):
+    driver = two_snapshots
+    before, answers = state_of(driver.shard), answers_of(driver.shard.store.columns)
+    for attempt in (lambda: driver.shard.carry_out(wire.Restore(step=1), b""), lambda: driver.snapshot(3)):
+        with full_disk(after), pytest.raises(DiskFull, match="has no room for the log"):
+            attempt()
+        assert {*driver.shard.store.snapshots()} == {1, 2}
+        assert state_of(driver.shard) == before and driver.book.serving
+        assert answers_of(driver.shard.store.columns) == answers
+    driver.round()
+    driver.reopen()
+    assert driver.book.version == before["version"] + 1
+    assert driver.restore(1).version == 1
 
 
 def test_a_rotation_that_is_cut_short_loses_nothing_and_is_reported(tmp_path):
@@ -638,6 +676,31 @@ def test_the_same_restore_twice_goes_back_once(two_snapshots):
     first = two_snapshots.restore(1)
     assert two_snapshots.restore(1) == first
     assert {*two_snapshots.shard.store.snapshots()} == {1}
+
+
+def test_a_prompt_that_was_found_to_be_bad_after_the_snapshot_stays_bad(two_snapshots):
+    driver = two_snapshots
+    driver.admit(1)
+    driver.settle()
+    live = {g.prompt_id: min(g.rollouts) for g in driver.book.groups.values()}
+    driver.snapshot(3)
+    frontier = driver.book.frontier
+    *_, old = live  # the others are scored
+    driver.poison(live[old])
+    driver.admit(1)
+    driver.settle()
+    new = f"p{frontier}"
+    driver.poison(max(r for g in driver.book.groups.values() if g.prompt_id == new for r in g.rollouts))
+    driver.restore(3)
+    driver.settle()
+    assert {*driver.book.quarantined} == {old, new}
+    assert old not in {g.prompt_id for g in driver.book.groups.values()}
+    assert driver.shard.ledger.check().dropped["prompt is quarantined"] == 2
+    driver.publish()
+    driver.admit(1)  # passed over
+    assert driver.book.frontier == frontier + 1 and new not in {
+        g.prompt_id for g in driver.book.groups.values()
+    }
 
 
 def test_a_batch_that_was_open_at_the_snapshot_is_handed_over_again(two_snapshots):

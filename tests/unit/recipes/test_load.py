@@ -55,6 +55,19 @@ def test_every_problem_is_told_at_once():
             ["sft.heads=8"],
             "sft.heads = 8: sft.hidden_size / sft.heads = 16; engines know heads of (32, 64, 128)",
         ),
+        (
+            ["buffer.shards=17"],
+            "buffer.shards = 17: each shard gives at least one prompt's group to every batch, and a step has 16",
+        ),
+        (
+            ["buffer.dynamic_sampling=true", "prompts.rollouts_per_prompt=1"],
+            "buffer.dynamic_sampling = true: drops every group whose rewards are all equal",
+        ),
+        (["buffer.memory_bytes=1000"], "buffer.memory_bytes = 1000: Expected `int` >= 1048576"),
+        (
+            ["buffer.group_policy.type=first"],
+            "buffer.group_policy = {'type': 'first'}: Invalid value 'first'",
+        ),
         (["pools=[]"], "pools = []: Expected `array` of length >= 1"),
         (["pools=3"], "pools = 3: Expected `array`, got `int`"),
         (["run=3"], "run = 3: expected a table"),
@@ -119,6 +132,16 @@ def test_derived_sizes_show_their_arithmetic():
     )
     assert sizes["bytes per version"][0] == "3.8 MiB"
     assert wire_dtype(recipe) == "float32" and wire_bytes(recipe, 10) == 40
+
+
+def test_spare_rollouts_count_among_those_under_way():
+    policy = 'buffer.group_policy={ type = "first_k", spare_rollouts_per_prompt = 2 }'
+    recipe = load_recipe(QUICKSTART, [policy])
+    assert recipe.rollouts_per_step == 128 and recipe_from(dump_recipe(recipe), "again") == recipe
+    sizes = {size.name: (size.value, size.formula) for size in derived_sizes(recipe, None)}
+    assert sizes["rollouts under way, at most"] == ("320", "32 prompts x (8 rollouts_per_prompt + 2 spare)")
+    value, formula = sizes["answers under way, at most"]
+    assert value == "400.0 KiB" and formula.startswith("320 rollouts x 160 max_new_tokens x 8 bytes")
 
 
 def test_a_recipe_is_frozen():

@@ -113,6 +113,12 @@ def make_snapshot(
             admitted=trained + sum(states.values()) + sum(dropped.values()) + sum(failed.values()),
             held_groups=40,
             capacity_groups=48,
+            quarantined_prompts=step // 30,
+            bytes_in_memory=8 * 40 * sum(states.values()),
+            bytes_spilled=2**20 * (step // 50),
+            memory_bytes=2**31,
+            drops_by_length_decile=[0] * 9 + [step // 20] if step >= 20 else [],
+            recoveries=step // 40,
         )
         if serving
         else BufferFacts(),

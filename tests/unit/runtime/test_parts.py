@@ -14,10 +14,8 @@ import pytest
 
 from asyncrl.buffer.columns import list_array
 from asyncrl.buffer.schema import BATCH, FLAGS, LOGPROBS, TOKENS
-from asyncrl.generators.prompts import Prompt
 from asyncrl.recipes import load_recipe
 from asyncrl.runtime.engine_part import first_fault
-from asyncrl.runtime.feeder import NoPromptFits, take_fitting
 from asyncrl.runtime.learner_part import examine
 from asyncrl.runtime.observer import Observer, RunStalled
 from asyncrl.runtime.part_log import tail
@@ -118,22 +116,3 @@ def test_facts_survive_the_way_through_metrics(tmp_path):
         log.write(Evaluation(seconds=1.0, step=0, version=0, correct=3, prompts=4))
     (fact,) = read_facts(tmp_path / "metrics.jsonl")
     assert msgspec.structs.asdict(fact)["correct"] == 3
-
-
-class Counting:
-    """A frontier of prompts of 0, 1, 2, ... tokens, each length `repeat` times."""
-
-    def __init__(self, repeat):
-        self.at, self.repeat = 0, repeat
-
-    def take(self, n):
-        taken = [Prompt(f"p{i}", [1] * (i // self.repeat), "{}") for i in range(self.at, self.at + n)]
-        self.at += n
-        return taken
-
-
-def test_prompts_that_leave_no_room_for_an_answer_are_passed_over():
-    frontier = Counting(repeat=1)
-    assert [len(p.tokens) for p in take_fitting(frontier, 3, 2)] == [0, 1, 2]
-    with pytest.raises(NoPromptFits, match="have more than 2 tokens"):
-        take_fitting(frontier, 1, 2)

@@ -239,6 +239,27 @@ def test_the_table_fits_a_terminal_and_the_plain_one_has_the_same_rows(run_facts
     assert "╭" in table and lines.isascii()
 
 
+def test_what_the_buffer_was_asked_to_bear(run_facts):
+    facts = run_facts(60)
+    last = [fact for fact in facts if isinstance(fact, Snapshot)][-1].buffer
+    summary = summary_of(facts)
+    use = summary.buffer
+    assert (use.recoveries, use.quarantined_prompts, use.memory_bytes) == (1, 2, 2**31)
+    assert use.bytes_in_memory_max >= last.bytes_in_memory > 0 and use.bytes_spilled_max == 2**20
+    text = shown(summary, terminal=False)
+    assert "0 0 0 0 0 0 0 0 0 3 (deciles of answer length, the shortest first)" in text
+    assert "(reward timeout 2); 2 prompts quarantined" in text
+    assert "buffer restarts      1: a process died and went on from the log" in text
+    assert " of 2.0 GiB, and 1.0 MiB on disk alone" in text
+
+
+def test_a_quiet_buffer_takes_one_line_of_the_summary(run_facts):
+    text = shown(summary_of(run_facts(5)), terminal=False)
+    assert "buffer memory        at most" in text and "on disk" not in text
+    for word in ("dropped by length", "quarantined", "buffer restarts"):
+        assert word not in text
+
+
 def test_what_is_broken_is_called_so(run_facts):
     summary = summary_of(run_facts(5))
     broken = msgspec.structs.replace(

@@ -1,0 +1,115 @@
+"""What the buffer and the learner report, as facts of the run. Pure but for `Waits`, which adds up. Called by `observer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from asyncrl.buffer import staleness
+from asyncrl.buffer.wire import Report
+from asyncrl.runtime import facts
+from asyncrl.runtime.learner_part import StepOutcome
+
+
+class Waits:
+    """Seconds waited since launch, by cause, from what the buffer's processes counted since they started."""
+
+    def __init__(self, engines: int) -> None:
+        self._engines = engines
+        self._seen: dict[str, float] = {}
+        self._total_s: dict[str, float] = {}
+
+    def add(self, waits_s: Mapping[str, float]) -> None:
+        """A count that went down is that of a process that was started again: it began from 0."""
+        for cause, seconds in waits_s.items():
+            before = self._seen.get(cause, 0.0)
+            grown = seconds - before if seconds >= before else seconds
+            self._total_s[cause] = self._total_s.get(cause, 0.0) + grown
+            self._seen[cause] = seconds
+
+    @property
+    def mean_s(self) -> dict[str, float]:
+        """Engines wait side by side: their seconds are shared out, so that no cause grows faster than time."""
+        return {c: s / self._engines if c == facts.ENGINES_WAIT else s for c, s in self._total_s.items()}
+
+
+def buffer_facts(report: Report, recoveries: int) -> facts.BufferFacts:
+    """What the ledger and the memory of all shards report."""
+    states, counts = report.states, report.counts
+    drops = staleness.drops_by_length_decile(report.lengths, report.dropped_lengths)
+    return facts.BufferFacts(
+        queued=states["queued"],
+        leased=states["leased"],
+        complete=states["complete"],
+        scored=states["scored"],
+        batched=states["batched"],
+        trained=counts.trained,
+        dropped=counts.dropped,
+        failed=counts.failed,
+        admitted=counts.admitted,
+        held_groups=report.held_groups,
+        capacity_groups=report.held_groups + report.capacity_groups,
+        quarantined_prompts=report.quarantined,
+        bytes_in_memory=report.bytes_in_memory,
+        bytes_spilled=report.bytes_spilled,
+        memory_bytes=report.memory_bytes,
+        drops_by_length_decile=drops if any(drops) else [],
+        recoveries=recoveries,
+    )
+
+
+def step_facts(
+    step: int, outcome: StepOutcome, waited_s: float, seconds: float, groups: int
+) -> facts.StepFacts:
+    """One step's record from what rank 0 reported."""
+    selection, batch, metrics = outcome.selection, outcome.handover, outcome.metrics
+    return facts.StepFacts(
+        step=step,
+        version=outcome.sync.version,
+        seconds=seconds,
+        reward_mean=metrics.reward_mean,
+        loss=metrics.loss,
+        grad_norm=metrics.grad_norm,
+        response_tokens_mean=metrics.response_length_mean,
+        response_tokens_max=int(metrics.response_length_max),
+        rollouts=len(selection.rollout_ids),
+        rollouts_over_versions=batch.spanning_rollouts,
+        versions_in_rollout_max=batch.versions_in_rollout_max,
+        groups_without_spread=round(metrics.groups_without_signal * groups),
+        staleness_min=batch.staleness_min,
+        staleness_mean=batch.staleness_mean,
+        staleness_max=batch.staleness_max,
+        staleness_in_flight_mean=selection.in_flight_mean,
+        staleness_in_queue_mean=selection.in_queue_mean,
+        tokens_trained=batch.trained_tokens,
+        tokens_masked=selection.tokens - batch.trained_tokens,
+        tokens_past_bound=batch.tokens_past_bound,
+        mismatch_tokens=int(metrics.mismatch_tokens),
+        mismatch_max=metrics.mismatch_max,
+        mismatch_mean=metrics.mismatch_mean,
+        mismatch_p95=metrics.mismatch_p95,
+        mismatch_kl=metrics.mismatch_k3,
+        wait_s=waited_s,
+        train_s=outcome.train_s,
+        publish_s=outcome.publish_s,
+        engine_stall_s=outcome.sync.max_stall_s,
+        learner_tokens_per_s=metrics.tokens_per_s,
+        learner={
+            "learning_rate": metrics.learning_rate,
+            "entropy": metrics.entropy,
+            "clip_fraction": metrics.clip_fraction,
+            "importance_mean": metrics.importance_mean,
+            "importance_capped": metrics.importance_capped,
+            "drift_k3": _number(metrics.drift_k3),
+            "drift_max": _number(metrics.drift_max),
+            "tokens_padded": metrics.tokens_padded,
+            "forward_s": metrics.forward_s,
+            "backward_s": metrics.backward_s,
+            "optimizer_s": metrics.optimizer_s,
+            "gather_s": metrics.gather_s,
+        },
+    )
+
+
+def _number(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
