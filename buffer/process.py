@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from asyncrl.buffer import base
@@ -53,6 +54,7 @@ def tune_process() -> None:
     libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
     pa.set_memory_pool(pa.system_memory_pool())
+    pa.array(np.zeros(1))  # the first of its kind imports pandas where that is installed: a third of a second
     gc.freeze()
     gc.disable()
 

@@ -168,6 +168,15 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Recovery(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found when the folder was opened."""
+
+    commits: int
+    cut_bytes: int
+    live_rollouts: int
+    live_tokens: int
+
+
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """A batch that was decided on: its groups, the most urgent first, with their rollouts."""
 

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from asyncrl.buffer.records import Counts
-from asyncrl.buffer.store import Recovery
+from asyncrl.buffer.records import Counts, Recovery
 from asyncrl.buffer.wire import Report
 
 

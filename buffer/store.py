@@ -25,7 +25,7 @@ from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull
 from asyncrl.buffer.journal import STREAMS
 from asyncrl.buffer.log import Log, disk_full, file_of, journal_of
-from asyncrl.buffer.records import LedgerSettings
+from asyncrl.buffer.records import LedgerSettings, Recovery
 from asyncrl.buffer.recovery import Recovered, newest_base, recover
 from asyncrl.buffer.schema import State
 
@@ -42,15 +42,6 @@ class SnapshotFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Generations with tokens of rollouts that were live then."""
     version: int
     frontier: int
-
-
-class Recovery(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found when the folder was opened."""
-
-    commits: int
-    cut_bytes: int
-    live_rollouts: int
-    live_tokens: int
 
 
 class Store:

@@ -17,8 +17,7 @@ import msgspec
 
 from asyncrl.buffer.arena import ArenaLocation, Region
 from asyncrl.buffer.handover import Layout
-from asyncrl.buffer.records import Counts, Selection
-from asyncrl.buffer.store import Recovery
+from asyncrl.buffer.records import Counts, Recovery, Selection
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from asyncrl.buffer import BufferService, ledger_settings
 from asyncrl.buffer.keys import read_server_keys
+from asyncrl.buffer.process import tune_process
 from asyncrl.recipes import Recipe
 from asyncrl.runtime.part_log import write_log_to
 from asyncrl.runtime.run_folder import RunFolder
@@ -22,6 +23,7 @@ class BufferPart:
     def __init__(self, recipe: Recipe, folder: str, host: str, shard: int) -> None:
         self._folder = RunFolder(Path(folder))
         write_log_to(self._folder.log(f"buffer-{shard}"))
+        tune_process()
         self._recipe, self._host, self._shard = recipe, host, shard
         self._service: BufferService | None = None
         self._lock = threading.Lock()

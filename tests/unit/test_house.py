@@ -24,9 +24,14 @@ MAY_IMPORT = {
 }
 VLLM_FILES = {"generators/vllm_engine.py", "weight_sync/vllm_worker.py"}
 PURE = (
+    "buffer/book.py",
     "buffer/ledger.py",
     "buffer/records.py",
+    "buffer/reports.py",
+    "buffer/rollout_rows.py",
+    "buffer/rows.py",
     "buffer/staleness.py",
+    "buffer/waiting.py",
     "weight_sync/plan.py",
     "weight_sync/transaction.py",
     "recipes/recipe.py",
