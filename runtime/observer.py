@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from asyncrl.buffer.store import Recovery
+from asyncrl.buffer.records import Recovery
 from asyncrl.buffer.wire import Report
 from asyncrl.generators.evaluation import Evaluation
 from asyncrl.recipes import Recipe

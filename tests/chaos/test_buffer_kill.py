@@ -257,7 +257,7 @@ def check_log(world, counts):
     assert counts.live == len(logged) - len(world.trained)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_fifty_kills_under_load_lose_nothing(tmp_path):
     survive(tmp_path, 50)
 
@@ -267,7 +267,7 @@ def test_kills_lose_nothing_where_every_commit_is_on_the_disk(tmp_path):
     survive(tmp_path, 5, seed=SEED + 1, durability="fsync")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_kills_of_one_of_two_shards_lose_nothing(tmp_path):
     survive(tmp_path, 10, seed=SEED + 2, shards=2)
 

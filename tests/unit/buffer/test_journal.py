@@ -7,7 +7,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record, committed, decode
+from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record, committed, decode, whole_behind
 
 STEPS = [(b"ab", b"", b"c"), (b"", b"defg", b""), (b"h", b"i", b"jk")]
 
@@ -79,6 +79,15 @@ def test_a_record_that_is_missing_or_twice_ends_the_count():
     assert counted(first + third, streams) == [0]
     assert counted(first + first + second, streams) == [0]
     assert counted(second, streams) == []
+
+
+def test_whole_records_behind_one_that_does_not_count_are_found():
+    journal, _ = written(STEPS)
+    assert [whole_behind(journal, number) for number in range(5)] == [2, 1, 0, 0, 0]
+    assert whole_behind(journal[:-1], 0) == 1
+    torn = bytearray(journal)
+    torn[RECORD_BYTES] ^= 1
+    assert whole_behind(bytes(torn), 0) == 1 and whole_behind(b"", 0) == 0
 
 
 def test_a_stream_that_went_back_ends_the_count():

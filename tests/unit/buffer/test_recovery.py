@@ -206,17 +206,45 @@ def build_only(writes):
     return files
 
 
-def test_a_file_that_lost_its_end_gives_an_earlier_commit(run, folder):
-    states = [state for _, state in run.states]
+def find_earlier(run, folder, commits, where):
+    """The state after so many commits, and a report of what was cut."""
+    found, recovery, _ = opened(folder)
+    assert recovery.commits == commits and recovery.cut_bytes > 0, where
+    if commits > 1:
+        assert found == run.states[commits - 1][1], where
+    else:
+        assert (found["version"], found["admitted"]) == (-1, 0), where
+
+
+def test_a_file_that_lost_its_end_gives_an_earlier_commit_or_is_refused(run, folder):
+    """With one commit it may have been torn; with more, some that were acknowledged are gone, and a person has to say so."""
+    files = build_only(run.before_rotation())
     for name, size, commits in truncations(run):
+        where = f"{name} at {size}"
         build(folder, run.before_rotation())
         os.truncate(folder / name, size)
-        found, recovery, _ = opened(folder)
-        assert recovery.commits == commits and recovery.cut_bytes > 0, f"{name} at {size}"
-        if commits > 1:
-            assert found == states[commits - 1], f"{name} at {size}"
+        behind = (folder / FIRST[-1]).stat().st_size // RECORD_BYTES - commits - 1
+        if behind > 0:
+            with pytest.raises(
+                LogDamaged, match=f"commit {commits} or its rows are damaged, and {behind} later"
+            ):
+                opened(folder)
+            assert (folder / FIRST[-1]).read_bytes() == files[FIRST[-1]], where  # nothing is cut
         else:
-            assert (found["version"], found["admitted"]) == (-1, 0), f"{name} at {size}"
+            find_earlier(run, folder, commits, where)
+
+
+def test_what_the_refusal_proposes_gives_the_commit_before_the_damage(run, folder):
+    files = build(folder, run.before_rotation())
+    second = records(files)[1]
+    data = bytearray(files["states-000001.arrows"])
+    data[second.ends[2] - 1] ^= 1
+    (folder / "states-000001.arrows").write_bytes(data)
+    with pytest.raises(LogDamaged, match="truncate -s ") as refused:
+        opened(folder)
+    size, path = str(refused.value).rpartition("truncate -s ")[2].split()
+    os.truncate(path, int(size))
+    find_earlier(run, folder, 1, "second commit")
 
 
 def test_a_base_that_lost_its_end_is_damaged(run, folder):

@@ -22,10 +22,9 @@ from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull
 from asyncrl.buffer.handover import arrive
 from asyncrl.buffer.log import file_of, journal_of
-from asyncrl.buffer.records import LedgerSettings
+from asyncrl.buffer.records import LedgerSettings, Recovery
 from asyncrl.buffer.schema import State
 from asyncrl.buffer.shard import Shard
-from asyncrl.buffer.store import Recovery
 from tests.unit.buffer.test_ledger_model import turn, turns
 
 SETTINGS = LedgerSettings(

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from asyncrl.buffer.store import Recovery
+from asyncrl.buffer.records import Recovery
 from asyncrl.runtime import buffer_watch
 from asyncrl.runtime.buffer_watch import MOST_DEATHS, WITHIN_S, Deaths, ShardKeeper
 from asyncrl.runtime.observer import Observer
