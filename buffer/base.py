@@ -251,7 +251,7 @@ def _load_pieces(p: PieceColumns, blocks: Blocks) -> Iterator[Piece]:
     for generation, tokens_at, logprobs_at, length, version in fields:
         block = files.get(generation)
         if block is None:
-            block = files[generation] = blocks.on_disk(generation, 0, 0)
+            block = files[generation] = blocks.on_disk(generation, 0)
         blocks.grow(block, 8 * length)
         block.pieces += 1
         yield Piece(block, tokens_at, logprobs_at, length, version)

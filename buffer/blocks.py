@@ -1,6 +1,6 @@
 """Where the tokens of live rollouts lie: in memory up to a budget, else in the memory-mapped files of the log.
 
-A block is one message of the segments stream, as it stands in the file. So a piece of a rollout (offsets into the file)
+A block is the values of one message of the segments stream. A piece of a rollout (offsets into the file)
 reads the same from either place, and to spill is to forget the copy. What arrives first is needed first: past the
 budget it is the new blocks that stay on disk alone. Called by `columns`, from one thread.
 """
@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from asyncrl.buffer.log import Sealed
+
 
 @dataclass(slots=True, eq=False)
 class Block:
     generation: int
-    start: int
-    """Offset of the message in its file."""
     nbytes: int
-    memory: memoryview | None
+    """Of its values."""
+    memory: Sealed | None
     pieces: int = 0
     """Of live rollouts."""
 
@@ -42,7 +43,7 @@ class Blocks:
 
     def __init__(self, memory_bytes: int, path_of: Callable[[int], Path]) -> None:
         self._budget = memory_bytes
-        self._path_of = path_of
+        self.path_of = path_of
         self._maps: dict[int, mmap.mmap] = {}
         self._unwritten: list[Block] = []
         self.bytes_in_memory = 0
@@ -53,15 +54,15 @@ class Blocks:
     def is_full(self) -> bool:
         return self.bytes_in_memory + self.bytes_spilled >= self._budget
 
-    def add(self, generation: int, start: int, message: memoryview) -> Block:
-        """A message that is not on disk yet: it stays in memory until `written`."""
-        block = Block(generation, start, message.nbytes, message)
+    def add(self, generation: int, values: Sealed) -> Block:
+        """Values that are not on disk yet: they stay in memory until `written`."""
+        block = Block(generation, values.tokens.nbytes + values.logprobs.nbytes, values)
         self.bytes_in_memory += block.nbytes
         self._unwritten.append(block)
         return block
 
-    def on_disk(self, generation: int, start: int, nbytes: int) -> Block:
-        block = Block(generation, start, nbytes, None)
+    def on_disk(self, generation: int, nbytes: int) -> Block:
+        block = Block(generation, nbytes, None)
         self.bytes_spilled += nbytes
         return block
 
@@ -101,22 +102,29 @@ class Blocks:
             block.memory = None
 
     def tokens(self, piece: Piece) -> np.ndarray:
-        """int32 [count], a view."""
-        return self._view(piece.block, piece.tokens_at, piece.length, np.int32)
+        """int32 [length], a view."""
+        memory = piece.block.memory
+        if memory is None:
+            return self._mapped(piece, piece.tokens_at, np.int32)
+        at = (piece.tokens_at - memory.tokens_at) // 4
+        return memory.tokens[at : at + piece.length]
 
     def logprobs(self, piece: Piece) -> np.ndarray:
-        """float32 [count], a view."""
-        return self._view(piece.block, piece.logprobs_at, piece.length, np.float32)
+        """float32 [length], a view."""
+        memory = piece.block.memory
+        if memory is None:
+            return self._mapped(piece, piece.logprobs_at, np.float32)
+        at = (piece.logprobs_at - memory.logprobs_at) // 4
+        return memory.logprobs[at : at + piece.length]
 
-    def _view(self, block: Block, at: int, count: int, dtype: type) -> np.ndarray:
-        if block.memory is not None:
-            return np.frombuffer(block.memory, dtype, count, at - block.start)
-        return np.frombuffer(self._map(block.generation, at + 4 * count), dtype, count, at)
+    def _mapped(self, piece: Piece, at: int, dtype: type) -> np.ndarray:
+        mapped = self._map(piece.block.generation, at + 4 * piece.length)
+        return np.frombuffer(mapped, dtype, piece.length, at)
 
     def _map(self, generation: int, end: int) -> mmap.mmap:
         mapped = self._maps.get(generation)
         if mapped is None or len(mapped) < end:
-            with self._path_of(generation).open("rb") as file:
+            with self.path_of(generation).open("rb") as file:
                 mapped = self._maps[generation] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return mapped
 

@@ -41,6 +41,7 @@ class BufferClient:
 
     def __init__(self, address: BufferAddress) -> None:
         self._shards = [Connection(endpoint, address.keys) for endpoint in address.endpoints]
+        self.shards = len(self._shards)
         self._arena: Arena | None = None
         self._attached: dict[int, bool] = {}
         self._last_lease: dict[tuple[int, str], int] = defaultdict(int)
@@ -56,10 +57,6 @@ class BufferClient:
             await connection.close()
         if self._arena is not None:
             self._arena.close()
-
-    @property
-    def shards(self) -> int:
-        return len(self._shards)
 
     async def ask(
         self,
@@ -199,6 +196,8 @@ class BufferClient:
         return sum(reply.value for reply in await self._ask_all(wire.EngineLost(engine_id=engine_id)))
 
     def _by_shard(self, items: Iterable[_T], rollout_id: Any) -> dict[int, list[_T]]:
+        if self.shards == 1:
+            return {0: list(items)}
         parts: dict[int, list[_T]] = defaultdict(list)
         for item in items:
             parts[rollout_id(item) % self.shards].append(item)
@@ -218,6 +217,10 @@ def _fill(body: memoryview, segments: Sequence[Segment], lengths: Sequence[int])
     total = sum(lengths)
     tokens = np.frombuffer(body, np.int32, total)
     logprobs = np.frombuffer(body, np.float32, total, 4 * total)
+    if segments and all(type(s.tokens) is np.ndarray and type(s.logprobs) is np.ndarray for s in segments):
+        np.concatenate([s.tokens for s in segments], out=tokens, casting="same_kind")
+        np.concatenate([s.logprobs for s in segments], out=logprobs, casting="same_kind")
+        return
     at = 0
     for segment, length in zip(segments, lengths, strict=True):
         tokens[at : at + length] = segment.tokens

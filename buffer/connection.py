@@ -99,15 +99,15 @@ def unreachable(endpoint: str, request: wire.Request, waited_s: float) -> Buffer
     )
 
 
-def understand(frames: Sequence[Any]) -> Answer:
+def understand(frames: Sequence[bytes]) -> Answer:
     """Raises the buffer's own errors by name."""
     try:
-        reply = wire.decode_reply(frames[1].buffer)
+        reply = wire.decode_reply(frames[1])
     except (msgspec.MsgspecError, IndexError) as error:
         raise BadRequest(f"the buffer's answer cannot be read ({error}): it is of another version") from error
     if isinstance(reply, wire.Problem):
         raise _ERRORS.get(reply.kind, BadRequest)(reply.message)
-    return Answer(reply, memoryview(frames[2].buffer) if len(frames) > 2 else None)
+    return Answer(reply, memoryview(frames[2]) if len(frames) > 2 else None)
 
 
 def _prepare(socket: zmq.Socket[Any], endpoint: str, keys: ClientKeys) -> None:
@@ -125,7 +125,7 @@ class Asked:
 
     request: wire.Request
     frames: Frames
-    answer: asyncio.Future[Sequence[Any]]
+    answer: asyncio.Future[Sequence[bytes]]
     since: float
     again_at: float
     due: float
@@ -166,14 +166,14 @@ class Connection:
         """Hands every answer that has arrived to its asker."""
         while True:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             except zmq.ZMQError:
                 if self._socket.closed:  # a look at it was still due
                     return
                 raise
-            asked = self.asked.get(frames[0].bytes)
+            asked = self.asked.get(frames[0])
             if asked is not None and not asked.answer.done():
                 asked.answer.set_result(frames)
 
@@ -268,11 +268,11 @@ class BlockingConnection:
                 time.sleep(patience.for_disk(error))
         raise patience.unreachable(self.endpoint, request)
 
-    def _receive(self, request_id: bytes, wait_s: float) -> Sequence[Any] | None:
+    def _receive(self, request_id: bytes, wait_s: float) -> Sequence[bytes] | None:
         deadline = time.monotonic() + wait_s
         # Waits for the buffer's answer; an older request's late answer is passed over; ends at the deadline.
         while self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())) + 1)):
-            frames = self._socket.recv_multipart(copy=False)
-            if bytes(frames[0].buffer) == request_id:
+            frames = self._socket.recv_multipart()
+            if frames[0] == request_id:
                 return frames
         return None

@@ -31,5 +31,9 @@ class LogDamaged(BufferFault):
     """The log cannot be read back: more than a torn tail is wrong with it."""
 
 
+class FolderInUse(BufferFault):
+    """A shard's folder is open in another process (or twice in this one): two writers would spoil its log."""
+
+
 class BufferUnreachable(BufferFault):
     """No answer from the buffer within the deadline."""

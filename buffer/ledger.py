@@ -24,7 +24,6 @@ from asyncrl.buffer.errors import BadRequest, ConservationError, LeaseLost
 from asyncrl.buffer.records import (
     RETRY,
     Counts,
-    EngineRecord,
     Group,
     LedgerSettings,
     Rollout,
@@ -165,11 +164,9 @@ class Ledger:
         return {group_id for _, group_id in heapq.nsmallest(self.settings.prompts_per_step, waiting)}
 
     def heartbeat(self, engine_id: str, now: float) -> None:
-        """The engine lives: its leases run on."""
+        """The engine lives: its leases run on. One that never leased has none, and leaves no record."""
         engine = self.book.engines.get(engine_id)
-        if engine is None:
-            self.book.engines[engine_id] = EngineRecord(now)
-        else:
+        if engine is not None:
             engine.seen = now
 
     def expire(self, now: float) -> list[Rollout]:

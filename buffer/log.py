@@ -2,7 +2,7 @@
 
 `prompts-N.arrows` (what was admitted), `segments-N.arrows` (every token as it came in, with its lease and version),
 `states-N.arrows` (every change of state, with its reason) and `journal-N`, for generations N = 1, 2, ... `seq` orders the
-rows of all three. A commit is one message at most for each stream and one record of the journal, in this order; it
+rows of all three. A commit is messages of the streams and one record of the journal, in this order; it
 reaches the operating system (or the disk, `durability = "fsync"`) before any request that it holds is answered. A write
 that fails changes nothing: the same bytes go to the same place when `commit` is called again.
 Called by `shard`, from one thread. `recovery` reads it back, `reading` shows it.
@@ -11,6 +11,7 @@ Called by `shard`, from one thread. `recovery` reads it back, `reading` shows it
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -21,7 +22,17 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from asyncrl.buffer.columns import flat_lists, list_array
+from asyncrl.buffer.arrow_message import (
+    Column,
+    Lists,
+    Message,
+    MessageTemplate,
+    Part,
+    Values,
+    offsets_of,
+    string_column,
+    strings,
+)
 from asyncrl.buffer.errors import DiskFull
 from asyncrl.buffer.journal import RECORD_BYTES, STREAMS, Record
 from asyncrl.buffer.records import Group
@@ -66,9 +77,17 @@ STATE_LOG = _layout(
 LAYOUTS = dict(zip(STREAMS, (PROMPT_LOG, SEGMENT_LOG, STATE_LOG), strict=True))
 
 
-def _strings(numbers: np.ndarray, names: list[str]) -> pa.Array:
-    indices = pa.array(np.ascontiguousarray(numbers))
-    return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string())).dictionary_decode()
+_TEMPLATES: dict[str, MessageTemplate] = {}
+
+
+def _template(stream: str) -> MessageTemplate:
+    if stream not in _TEMPLATES:
+        _TEMPLATES[stream] = MessageTemplate(LAYOUTS[stream])
+    return _TEMPLATES[stream]
+
+
+_MOST_PARTS = 1000
+"""Of one call: the system takes 1024."""
 
 
 class SegmentRows(NamedTuple):
@@ -84,13 +103,15 @@ class SegmentRows(NamedTuple):
     logprobs: list[np.ndarray]
 
 
-class Message(NamedTuple):
-    """A message of the segments stream: its place in the file, its bytes, and where in the file its values begin."""
+class Sealed(NamedTuple):
+    """Where in its file the values of segments lie, and the values themselves."""
 
-    start: int
-    buffer: pa.Buffer
     tokens_at: int
     logprobs_at: int
+    tokens: np.ndarray
+    """int32 [tokens of all segments]"""
+    logprobs: np.ndarray
+    """float32 [tokens of all segments]"""
 
 
 class Stream:
@@ -102,23 +123,27 @@ class Stream:
         self.path, self.layout = path, layout
         self.end = end or 0
         """What a commit holds; `waiting` comes behind it."""
-        self.waiting: list[pa.Buffer] = [] if end else [layout.serialize()]
-
-    @property
-    def next(self) -> int:
+        self.waiting: list[Part] = [] if end else [memoryview(layout.serialize())]
+        """Messages in parts, to be written one behind the other."""
+        self.next = self.end + sum(len(part) for part in self.waiting)
         """Where the next message will stand."""
-        size: int = sum(message.size for message in self.waiting)
-        return self.end + size
+
+    def put(self, message: Message) -> int:
+        """Returns where it will stand."""
+        start = self.next
+        self.waiting += message.parts
+        self.next += message.nbytes
+        return start
 
     def write(self) -> int:
         """Puts what waits into the file; returns its hash. May be called again after an error."""
-        digest, at = xxhash.xxh3_64(), self.end
-        for message in self.waiting:
-            view = memoryview(message)
+        digest = xxhash.xxh3_64()
+        views = [memoryview(part).cast("B") for part in self.waiting if len(part)]
+        for view in views:
             digest.update(view)
-            write_at(self._fd, view, at)
-            at += view.nbytes
-        return digest.intdigest()
+        write_at(self._fd, views, self.end)
+        value: int = digest.intdigest()
+        return value
 
     def committed(self) -> None:
         self.end, self.waiting = self.next, []
@@ -130,13 +155,17 @@ class Stream:
         os.close(self._fd)
 
 
-def write_at(fd: int, data: memoryview | bytes, at: int) -> None:
-    """All of `data`, or OSError."""
-    left = memoryview(data)
+def write_at(fd: int, parts: Sequence[memoryview], at: int) -> None:
+    """All parts, one behind the other, or OSError."""
+    left = list(parts)
     # Waits for nothing but the disk; ends when all is written or the system says why not.
-    while left.nbytes:
-        done = os.pwrite(fd, left, at)
-        left, at = left[done:], at + done
+    while left:
+        done = os.pwritev(fd, left[:_MOST_PARTS], at)
+        at += done
+        while left and done >= left[0].nbytes:
+            done -= left.pop(0).nbytes
+        if done:
+            left[0] = left[0][done:]
 
 
 class Log:
@@ -169,60 +198,57 @@ class Log:
         return self._streams["segments"].end
 
     def prompts(self, groups: Sequence[Group], tokens: Sequence[np.ndarray], payloads: Sequence[str]) -> None:
-        """At most once for each commit, like its two sisters."""
-        rollout_ids = [np.fromiter(g.rollouts, np.int64, len(g.rollouts)) for g in groups]
+        ids = [list(g.rollouts) for g in groups]
         self._put(
             "prompts",
-            pa.array([g.group_id for g in groups], pa.int64()),
-            list_array(rollout_ids, IDS),
-            pa.array([g.position for g in groups], pa.int64()),
-            pa.array([g.prompt_id for g in groups], pa.string()),
-            list_array(tokens, TOKENS),
-            pa.array(payloads, pa.string()),
+            len(groups),
+            Values([np.array([g.group_id for g in groups], np.int64)]),
+            Lists(offsets_of([len(i) for i in ids]), [np.array(list(itertools.chain(*ids)), np.int64)]),
+            Values([np.array([g.position for g in groups], np.int64)]),
+            strings([g.prompt_id for g in groups]),
+            Lists(offsets_of([len(t) for t in tokens]), tokens),
+            strings(payloads),
         )
 
-    def segments(self, rows: SegmentRows) -> Message:
-        start = self._streams["segments"].next
-        offsets = np.zeros(len(rows.lengths) + 1, np.int32)
-        np.cumsum(rows.lengths, out=offsets[1:])
-        message = self._put(
+    def segments(self, rows: SegmentRows) -> Sealed:
+        """The one copy of the values that is made: from the askers' memory, which is theirs again once they are answered."""
+        offsets = offsets_of(rows.lengths)
+        tokens, logprobs = np.concatenate(rows.tokens), np.concatenate(rows.logprobs)
+        start, values_at = self._put(
             "segments",
-            pa.array(np.array(rows.rollout_ids, np.int64)),
-            pa.array(np.array(rows.lease_ids, np.int64)),
-            pa.array(np.array(rows.starts, np.int32)),
-            pa.array(np.array(rows.versions, np.int32)),
-            pa.array(rows.finish_reasons, pa.string()),
-            flat_lists(offsets, _joined(rows.tokens), TOKENS),
-            flat_lists(offsets, _joined(rows.logprobs), LOGPROBS),
+            len(rows.rollout_ids),
+            Values([np.array(rows.rollout_ids, np.int64)]),
+            Values([np.array(rows.lease_ids, np.int64)]),
+            Values([np.array(rows.starts, np.int32)]),
+            Values([np.array(rows.versions, np.int32)]),
+            strings(rows.finish_reasons),
+            Lists(offsets, [tokens]),
+            Lists(offsets, [logprobs]),
         )
-        batch = pa.ipc.read_record_batch(message, SEGMENT_LOG)
-        tokens_at, logprobs_at = values_at(batch, message)
-        return Message(start, message, start + tokens_at, start + logprobs_at)
+        return Sealed(start + values_at[-2], start + values_at[-1], tokens, logprobs)
 
     def states(self, rows: StateRows) -> None:
         columns = rows.columns()
-        engines, reasons = list(rows.engines), list(rows.reasons)
         self._put(
             "states",
-            pa.array(np.ascontiguousarray(columns["rollout_id"])),
-            pa.array(np.ascontiguousarray(columns["group_id"])),
-            _strings(columns["state"], STATE_NAMES),
-            pa.array(np.ascontiguousarray(columns["version"])),
-            pa.array(np.ascontiguousarray(columns["lease_id"])),
-            pa.array(np.ascontiguousarray(columns["attempts"])),
-            pa.array(np.ascontiguousarray(columns["batch_id"])),
-            _strings(columns["engine"], engines),
-            _strings(columns["reason"], reasons),
-            pa.array(np.ascontiguousarray(columns["reward"])),
+            len(rows),
+            _plain(columns["rollout_id"]),
+            _plain(columns["group_id"]),
+            string_column(columns["state"], STATE_NAMES),
+            _plain(columns["version"]),
+            _plain(columns["lease_id"]),
+            _plain(columns["attempts"]),
+            _plain(columns["batch_id"]),
+            string_column(columns["engine"], list(rows.engines)),
+            string_column(columns["reason"], list(rows.reasons)),
+            _plain(columns["reward"]),
         )
 
-    def _put(self, name: str, *columns: pa.Array) -> pa.Buffer:
-        stream, rows = self._streams[name], len(columns[0])
+    def _put(self, name: str, rows: int, *columns: Column) -> tuple[int, list[int]]:
         first, self.next_seq = self.next_seq, self.next_seq + rows
-        stamp = [pa.array(np.arange(first, first + rows)), pa.array(np.full(rows, time.time()))]
-        message: pa.Buffer = pa.record_batch([*stamp, *columns], schema=stream.layout).serialize()
-        stream.waiting.append(message)
-        return message
+        seq, unix_s = np.arange(first, first + rows), np.full(rows, time.time())
+        message = _template(name).message(rows, [Values([seq]), Values([unix_s]), *columns])
+        return self._streams[name].put(message), message.values_at
 
     def commit(self) -> None:
         """Writes what waits. Raises DiskFull (nothing is lost: call again) or OSError."""
@@ -236,7 +262,7 @@ class Log:
                 for stream in self._streams.values():
                     if stream.waiting:
                         stream.sync()
-            write_at(self._journal, record.encode(), record.number * RECORD_BYTES)
+            write_at(self._journal, [memoryview(record.encode())], record.number * RECORD_BYTES)
             if self._fsync:
                 os.fdatasync(self._journal)
         except OSError as error:
@@ -251,8 +277,8 @@ class Log:
         os.close(self._journal)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _plain(field: np.ndarray) -> Values:
+    return Values([np.ascontiguousarray(field)])
 
 
 def disk_full(folder: Path, error: Exception) -> Exception:
@@ -278,17 +304,3 @@ def file_of(folder: Path, stream: str, generation: int) -> Path:
 
 def journal_of(folder: Path, generation: int) -> Path:
     return folder / f"journal-{generation:06d}"
-
-
-def read_stream(path: Path) -> pa.Table:
-    """Every whole message of one stream, also of one that is still written (its torn end is left out)."""
-    batches = []
-    with pa.memory_map(str(path)) as source:
-        reader = pa.ipc.open_stream(source)
-        while True:
-            try:
-                batches.append(reader.read_next_batch())
-            except (StopIteration, pa.ArrowInvalid, OSError):
-                # Neither end is an error: StopIteration is a whole stream, the others one that still grows.
-                break
-        return pa.Table.from_batches(batches, reader.schema)

@@ -13,16 +13,13 @@ from typing import Any
 import pyarrow as pa
 
 from asyncrl.buffer import wire
-from asyncrl.buffer.arena import Arena, Region
 from asyncrl.buffer.connection import Answer, BlockingConnection, BufferAddress
-from asyncrl.buffer.handover import arrive
+from asyncrl.buffer.handover import FilesUnreadable, LogFiles, arrive, split
 from asyncrl.buffer.records import Counts, Selection, merge
 from asyncrl.buffer.reports import add_counts, add_reports
 
 logger = logging.getLogger(__name__)
 
-_ARENA_BYTES = 2**30
-"""Of address space: pages are used as batches need them."""
 _FREEZE_S = 30.0
 _SNAPSHOT_S = 120.0
 
@@ -34,15 +31,13 @@ class BlockingBufferClient:
         self._shards = [BlockingConnection(endpoint, address.keys) for endpoint in address.endpoints]
         self._parts: dict[int, tuple[Selection, pa.RecordBatch]] = {}
         self._last_batch = [0] * len(self._shards)
-        self._arena: Arena | None = None
-        self._room: Region | None = None
-        self._attached: set[int] = set()
+        self._files = LogFiles()
+        self._far: set[int] = set()
+        """Shards whose files cannot be read from here."""
 
     def close(self) -> None:
         for connection in self._shards:
             connection.close()
-        if self._arena is not None:
-            self._arena.close()
 
     def ask(self, shard: int, request: wire.Request, timeout_s: float = 0.0) -> Any:
         return self._shards[shard].ask(request, timeout_s=timeout_s).reply
@@ -71,33 +66,27 @@ class BlockingBufferClient:
         return merge([selection for selection, _ in parts]), rows
 
     def _read_part(self, shard: int, timeout_s: float) -> tuple[Selection, pa.RecordBatch] | None:
-        room = self._room_at(shard)
-        request = wire.ReadBatch(after=self._last_batch[shard], timeout_s=timeout_s, room=room)
-        answer = self._shards[shard].ask(request, timeout_s=timeout_s)
+        answer = self._ask_for_batch(shard, timeout_s)
         if not isinstance(answer.reply, wire.Batch):
             return None
+        if answer.reply.places is not None:
+            try:
+                columns = self._files.read(answer.reply.places, answer.reply.layout)
+            except FilesUnreadable as reason:
+                logger.info("shard %d: batches come through the socket: %s", shard, reason)
+                self._far.add(shard)
+                answer = self._ask_for_batch(shard, timeout_s)  # the same batch once more
+                if not isinstance(answer.reply, wire.Batch):
+                    return None
         selection, layout = answer.reply.selection, answer.reply.layout
-        return selection, arrive(layout, selection.rollout_ids, self._body(shard, answer, room))
+        if answer.body is not None:
+            columns = split(answer.body, layout.tokens)
+        return selection, arrive(layout, selection.rollout_ids, *columns)
 
-    def _body(self, shard: int, answer: Answer, room: Region | None) -> memoryview:
-        if answer.reply.in_room and self._arena is not None and room is not None:
-            return self._arena.view(room)[: answer.reply.layout.nbytes]
-        assert answer.body is not None
-        self._attached.discard(shard)  # the service may be a new one, which has to be shown the arena
-        return answer.body
-
-    def _room_at(self, shard: int) -> Region | None:
-        """The whole arena, once the shard has mapped it; None where it cannot. One request is under way at a time."""
-        if self._arena is None:
-            self._arena = Arena(_ARENA_BYTES)
-            self._room = self._arena.allocate(self._arena.capacity_bytes)
-        if shard not in self._attached:
-            reply = self.ask(shard, wire.Attach(location=self._arena.location))
-            if reply.refused:
-                logger.info("shard %d: batches come through the socket: %s", shard, reply.refused)
-                return None
-            self._attached.add(shard)
-        return self._room
+    def _ask_for_batch(self, shard: int, timeout_s: float) -> Answer:
+        near = shard not in self._far
+        request = wire.ReadBatch(after=self._last_batch[shard], timeout_s=timeout_s, from_files=near)
+        return self._shards[shard].ask(request, timeout_s=timeout_s)
 
     def commit(self, batch_ids: tuple[int, ...], version: int) -> Counts:
         """The batch is trained and `version` is published, on every shard."""

@@ -52,7 +52,12 @@ def ledger_settings(
     rollouts_per_prompt: int,
     shard: int = 0,
 ) -> LedgerSettings:
-    """The settings of one shard, from a recipe's."""
+    """The settings of one shard, from a recipe's. Raises ValueError where a shard would have no part in a batch."""
+    if config.shards > prompts_per_step:
+        raise ValueError(
+            f"buffer.shards is {config.shards} and prompts_per_step is {prompts_per_step}: every shard gives at least one "
+            f"group to each batch. Set shards to {prompts_per_step} or less (one carries most runs)"
+        )
     return LedgerSettings(
         prompts_per_step=share(prompts_per_step, shard, config.shards),
         rollouts_per_prompt=rollouts_per_prompt,

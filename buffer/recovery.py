@@ -187,7 +187,7 @@ class _Fold:
 
     def _segments(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
         tokens_at, logprobs_at = values_at(batch, file)
-        block = self._columns.blocks.on_disk(self._generation, tokens_at, nbytes)
+        block = self._columns.blocks.on_disk(self._generation, nbytes)
         offsets = batch["tokens"].offsets.to_pylist()
         rows = zip(
             batch["rollout_id"].to_pylist(), batch["version"].to_pylist(), offsets, offsets[1:], strict=False

@@ -28,6 +28,7 @@ from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, LeaseLost
 from asyncrl.buffer.keys import Authenticator, ServerKeys, secure_server
 from asyncrl.buffer.records import LedgerSettings
 from asyncrl.buffer.shard import Body, Handover, Shard
+from asyncrl.buffer.staleness import coarse
 from asyncrl.buffer.waiting import Waiting, WaitingRoom
 
 logger = logging.getLogger(__name__)
@@ -190,9 +191,10 @@ class BufferService:
         self._waiting.serve(self._attempt)
         for waiting in self._waiting.clear() if self._stopping else self._waiting.late(now):
             if isinstance(waiting.request, wire.Admit):
-                self._refuse(
-                    *waiting.key, BadRequest("nothing was admitted: a snapshot was being made all the time")
+                cause = (
+                    "the buffer is stopping" if self._stopping else "a snapshot was being made all the time"
                 )
+                self._refuse(*waiting.key, BadRequest(f"nothing was admitted: {cause}"))
             else:
                 self._reply(*waiting.key, _empty(waiting.request))
             self._count_wait(waiting, now)
@@ -255,17 +257,10 @@ class BufferService:
         self._reply(address, request_id, wire.Problem(kind=kind, message=str(problem)))
 
     def _hand_over(self, waiting: Waiting, batch: Handover) -> None:
-        """Copies the batch into the asker's arena if it fits there, else into a frame."""
-        address, nbytes = waiting.key[0], batch.layout.nbytes
-        room = waiting.request.room if isinstance(waiting.request, wire.ReadBatch) else None
-        in_room = room is not None and room.nbytes >= nbytes and address in self._arenas
-        if in_room and room is not None:
-            body = self._arena(address).view(room)[:nbytes]
-        else:
-            body = memoryview(bytearray(nbytes))
-        self._shard.fill(batch, body)
-        reply = wire.Batch(selection=batch.selection, layout=batch.layout, in_room=in_room)
-        self._reply(*waiting.key, reply, None if in_room else body)
+        near = isinstance(waiting.request, wire.ReadBatch) and waiting.request.from_files
+        places = self._shard.places(batch) if near else None
+        reply = wire.Batch(selection=batch.selection, layout=batch.layout, places=places)
+        self._reply(*waiting.key, reply, None if near else self._shard.body(batch))
 
     # ---- arenas ------------------------------------------------------------------------------------------------
 
@@ -308,8 +303,8 @@ class BufferService:
             waits_s=waits,
             frontier=book.frontier,
             quarantined=len(book.quarantined),
-            lengths=dict(book.lengths),
-            dropped_lengths=dict(book.dropped_lengths),
+            lengths=coarse(book.lengths),
+            dropped_lengths=coarse(book.dropped_lengths),
             memory_bytes=self._memory_bytes,
             bytes_in_memory=blocks.bytes_in_memory,
             bytes_spilled=blocks.bytes_spilled,

@@ -19,7 +19,7 @@ from asyncrl.buffer.blocks import Piece
 from asyncrl.buffer.columns import Prompt
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull, LeaseLost
-from asyncrl.buffer.handover import Layout, fill, lay_out
+from asyncrl.buffer.handover import Layout, Places, boot_id, fill, lay_out, places
 from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.ledger import Prompt as Asked
 from asyncrl.buffer.log import SegmentRows
@@ -54,6 +54,7 @@ class Shard:
         self._settings, self._clock = settings, clock
         self.store = Store(folder, settings, config, clock)
         self.ledger = Ledger(settings, self.store.book)
+        self._host = boot_id()
         self._frozen_until = 0.0
         self._rotate_after = 0.0
         self._clear()
@@ -258,10 +259,17 @@ class Shard:
         oldest = selection.version - self._settings.max_staleness_versions
         return Handover(selection, rollouts, lay_out(rollouts, self.store.columns, oldest))
 
-    def fill(self, batch: Handover, body: memoryview) -> None:
-        """Puts the body of a batch where it will be read."""
-        fill(body, batch.layout, batch.rollouts, self.store.columns)
+    def places(self, batch: Handover) -> Places:
+        """Where the body of a batch lies in the log, once that is committed."""
+        return places(batch.rollouts, self.store.columns, self._host)
+
+    def body(self, batch: Handover) -> memoryview:
+        """The body of a batch for a reader on another host."""
+        total = batch.layout.tokens
+        body = memoryview(bytearray(8 * total))
+        fill(body, total, batch.rollouts, self.store.columns)
         self.store.blocks.give_back()
+        return body
 
     def expire(self) -> None:
         for rollout in self.ledger.expire(self._clock()):
@@ -282,16 +290,14 @@ class Shard:
             )
         rows = self._segments
         if rows.rollout_ids:
-            message = self.store.log.segments(rows)
-            block = self.store.blocks.add(
-                self.store.log.generation, message.start, memoryview(message.buffer)
-            )
+            sealed = self.store.log.segments(rows)
+            block = self.store.blocks.add(self.store.log.generation, sealed)
             at, columns = 0, self.store.columns
             for rollout_id, version, count in zip(rows.rollout_ids, rows.versions, rows.lengths, strict=True):
                 if count:
                     columns.append(
                         rollout_id,
-                        Piece(block, message.tokens_at + at, message.logprobs_at + at, count, version),
+                        Piece(block, sealed.tokens_at + at, sealed.logprobs_at + at, count, version),
                     )
                     at += 4 * count
             if not block.pieces:

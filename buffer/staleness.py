@@ -49,6 +49,16 @@ def may_hand_over(version: int, due: Mapping[int, int], prompts_per_step: int) -
     return True
 
 
+def coarse(lengths: Mapping[int, int]) -> dict[int, int]:
+    """The same counts by lengths of five significant bits (a fifteenth of a length at most is cut off): few enough to
+    be sent about."""
+    counts: dict[int, int] = defaultdict(int)
+    for length, count in lengths.items():
+        cut = max(0, length.bit_length() - 5)
+        counts[length >> cut << cut] += count
+    return dict(counts)
+
+
 def drops_by_length_decile(lengths: Mapping[int, int], dropped: Mapping[int, int]) -> list[int]:
     """Dropped rollouts per decile of the answer lengths of all closed ones: 10 counts, the shortest first.
 

@@ -4,12 +4,14 @@ A generation begins with a base (the whole state but the tokens) and goes on wit
 that a checkpoint lies on the edge between two files; a restore begins a new one too, from the snapshot's base, and moves
 what came after it aside (`abandoned-N/`). A file is deleted (`keep_log = "needed"`) when no live rollout has tokens in it and no
 snapshot names it. Every step may be cut short by a crash: the base is written first, and the rest follows from it when the
-folder is opened again. Called by `shard`.
+folder is opened again. One process at a time has it open (`lock`). Called by `shard`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from asyncrl.buffer.blocks import Blocks
 from asyncrl.buffer.book import Book
 from asyncrl.buffer.columns import Columns
 from asyncrl.buffer.config import BufferConfig
-from asyncrl.buffer.errors import BadRequest, DiskFull
+from asyncrl.buffer.errors import BadRequest, DiskFull, FolderInUse
 from asyncrl.buffer.journal import STREAMS
 from asyncrl.buffer.log import Log, disk_full, file_of, journal_of
 from asyncrl.buffer.records import LedgerSettings, Recovery
@@ -59,12 +61,20 @@ class Store:
         self._fsync = config.durability == "fsync"
         self.blocks = self._new_blocks()
         self.recovery: Recovery | None = None
-        state = newest_base(folder)
+        self._lock = _locked(folder)
+        try:
+            self._begin()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _begin(self) -> None:
+        state = newest_base(self.folder)
         if state is not None:
             self._recover(state)
             return
-        state = base.dump(Book(settings), Columns(self.blocks), 1, [], 0)
-        base.write(base.path_of(folder, 1), base.encode(state))
+        state = base.dump(Book(self._settings), Columns(self.blocks), 1, [], 0)
+        base.write(base.path_of(self.folder, 1), base.encode(state))
         self._open(state)
 
     def _new_blocks(self) -> Blocks:
@@ -121,8 +131,8 @@ class Store:
         return self.log.segment_bytes >= self._config.rotate_bytes
 
     def rotate_log(self) -> None:
-        """The log has grown enough. As durable as the log itself."""
-        self._rotate(fsync=self._fsync)
+        """The log has grown enough. As durable as the log itself, and on the disk where it takes an older one's place."""
+        self._rotate(fsync=self._fsync or self._config.keep_log == "needed")
 
     def _rotate(self, *, fsync: bool) -> int:
         """Begins the next generation with the present state, which must be committed; returns its number."""
@@ -209,9 +219,8 @@ class Store:
             self._take_back(rewound.generation)
             raise disk_full(self.folder, error) from error
         self.log.close()
-        self.blocks, at_start = self._new_blocks(), self.recovery
+        self.blocks = self._new_blocks()
         self._open(rewound)
-        self.recovery = at_start
         return snapshot
 
     def _take_back(self, generation: int) -> None:
@@ -238,6 +247,25 @@ class Store:
 
     def close(self) -> None:
         self.log.close()
+        os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor that holds the folder. The system lets go of it with the process, however that ends."""
+    path = folder / "lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise FolderInUse(
+            f"{folder} is open in another process, which holds {path}: expected one writer alone. End that run (`fuser {path}` "
+            "names the process), or give this one another name"
+        ) from error
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _unleased(rollouts: base.RolloutColumns) -> base.RolloutColumns:

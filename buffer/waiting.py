@@ -2,7 +2,7 @@
 
 Of one kind all wait for the same thing, so once one of them gets nothing the rest need not be asked: with a thousand engines
 waiting for work the loop looks at one. A request that came just now is looked at in any case (it may be owed what an answer
-before it gave away). Called by `service`.
+before it gave away). There is room for a fixed number: past it the newest is refused. Called by `service`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from asyncrl.buffer import wire
+from asyncrl.buffer.errors import BadRequest
 
+MOST_WAITING = 100_000
+"""Far more than engines and clients there are: whoever comes to it asks without end."""
 Key = tuple[bytes, bytes]
 """(address, request id)"""
 
@@ -33,7 +36,8 @@ class WaitingRoom:
         self._new: dict[Key, Waiting] = {}
         """By key: while the disk is full none is looked at, and each is asked again every second."""
         self._deadlines: list[tuple[float, Key, type[wire.Waits]]] = []
-        """Heap; entries of requests that were answered are passed over when they come up."""
+        """Heap; entries of requests that were answered are passed over when they come up, or cleared away when they are most
+        of it."""
 
     def __iter__(self) -> Iterator[Waiting]:
         for kind in self._by_kind.values():
@@ -41,13 +45,22 @@ class WaitingRoom:
 
     def put(self, key: Key, request: wire.Waits, body: bytes | memoryview, now: float) -> None:
         """The same request once more takes the place of the first (its asker may have lost the connection) and keeps its
-        deadline: who asks again and again would else never be told that there is nothing."""
+        deadline: who asks again and again would else never be told that there is nothing. Raises BadRequest when full."""
         kind = self._by_kind.setdefault(type(request), {})
         first = kind.get(key)
+        if first is None and sum(map(len, self._by_kind.values())) >= MOST_WAITING:
+            raise BadRequest(
+                f"{MOST_WAITING:,} requests wait at this shard already, and it keeps no more: {type(request).__name__} was "
+                "refused; let each asker wait for its answer before it asks for more"
+            )
         since = first.since if first else now
         waiting = kind[key] = Waiting(key, request, body, since, since + request.timeout_s)
         self._new[key] = waiting
-        heapq.heappush(self._deadlines, (waiting.deadline, key, type(request)))
+        if first is None or waiting.deadline != first.deadline:
+            heapq.heappush(self._deadlines, (waiting.deadline, key, type(request)))
+        if len(self._deadlines) > 2 * MOST_WAITING:
+            self._deadlines = [(w.deadline, w.key, type(w.request)) for w in self]
+            heapq.heapify(self._deadlines)
 
     def serve(self, attempt: Callable[[Waiting], bool]) -> None:
         """Calls `attempt` for those that may get something now; it says whether it answered, which ends the wait."""
@@ -70,6 +83,7 @@ class WaitingRoom:
             waiting = self._by_kind[kind].get(key)
             if waiting is not None and waiting.deadline <= now:
                 del self._by_kind[kind][key]
+                self._new.pop(key, None)  # while the disk is full nobody else takes it out
                 yield waiting
 
     def clear(self) -> Iterator[Waiting]:

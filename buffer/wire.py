@@ -2,7 +2,7 @@
 
 A request is the frames [request id, header, body?], a reply [request id, header, body?]. A body is raw columns,
 whose lengths are in the header: no Arrow message for a few rows at a time, which costs more than all else. It lies in the last frame or,
-between processes of one host, in the asker's arena: then the header names the region and the frame is left out.
+between processes of one host, in the asker's arena or in the log's files: then the header says where, and the frame is left out.
 
 Requests that can wait carry `timeout_s`: the service answers as soon as it can and at the latest then, with an empty result.
 Every request may be sent again. What it asks for is named by position, lease, start, batch or step and is done once; what
@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 
 from asyncrl.buffer.arena import ArenaLocation, Region
-from asyncrl.buffer.handover import Layout
+from asyncrl.buffer.handover import Layout, Places
 from asyncrl.buffer.records import Counts, Recovery, Selection
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
@@ -123,8 +123,8 @@ class ReadBatch(_Request, frozen=True, kw_only=True, tag="read_batch"):
     after: _Id
     """The last batch that the reader got from this shard; 0 before the first."""
     timeout_s: Seconds
-    room: Region | None = None
-    """Where in the asker's arena the body may be put, if it fits."""
+    from_files: bool
+    """The reader takes tokens and logprobs from the log's files itself; else they come in the last frame."""
 
 
 class Commit(_Request, frozen=True, kw_only=True, tag="commit"):
@@ -237,8 +237,8 @@ class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
 class Batch(_Reply, frozen=True, kw_only=True, tag="batch"):
     selection: Selection
     layout: Layout
-    in_room: bool
-    """The body lies in the region that the request named, else in the last frame."""
+    places: Places | None
+    """Where the body lies in the log's files; None where it is in the last frame."""
 
 
 class Balance(_Reply, frozen=True, kw_only=True, tag="balance"):
@@ -267,7 +267,7 @@ class Report(_Reply, frozen=True, kw_only=True, tag="report"):
     quarantined: int
     """Prompts."""
     lengths: dict[int, int]
-    """Answer tokens -> closed rollouts."""
+    """Answer tokens (coarse, see `staleness.coarse`) -> closed rollouts."""
     dropped_lengths: dict[int, int]
     memory_bytes: int
     """Budget for the tokens of live rollouts."""

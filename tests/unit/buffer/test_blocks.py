@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from asyncrl.buffer.blocks import Blocks, Piece
+from asyncrl.buffer.log import Sealed
 
 
 class Files:
@@ -22,9 +23,10 @@ class Files:
         start = path.stat().st_size if path.exists() else 0
         with path.open("ab") as file:
             file.write(data)
-        block = self.blocks.add(generation, start, memoryview(data))
+        sealed = Sealed(start + 4, start + 4 + 4 * count, tokens, logprobs)
+        block = self.blocks.add(generation, sealed)
         block.pieces += 1
-        return block, Piece(block, start + 4, start + 4 + 4 * count, count, 0)
+        return block, Piece(block, sealed.tokens_at, sealed.logprobs_at, count, 0)
 
     def reads(self, piece, first):
         expected = np.arange(first, first + piece.length, dtype=np.int32)
@@ -40,19 +42,19 @@ def sizes(blocks):
 def test_a_block_stays_in_memory_within_the_budget(tmp_path):
     files = Files(tmp_path, 1000)
     block, piece = files.message(5, 10)
-    assert sizes(files.blocks) == (84, 0) and not files.blocks.is_full
+    assert sizes(files.blocks) == (80, 0) and not files.blocks.is_full
     files.blocks.written()
-    assert block.memory is not None and sizes(files.blocks) == (84, 0)
+    assert block.memory is not None and sizes(files.blocks) == (80, 0)
     files.reads(piece, 5)
 
 
 def test_past_the_budget_the_newest_blocks_are_read_from_the_file(tmp_path):
     files = Files(tmp_path, 100)
     (one, first), (two, second), (three, third) = (files.message(100 * n, 10) for n in range(3))
-    assert sizes(files.blocks) == (252, 0)  # not written yet: nobody can read them from the file
+    assert sizes(files.blocks) == (240, 0)  # not written yet: nobody can read them from the file
     files.blocks.written()
     assert [b.memory is None for b in (one, two, three)] == [False, True, True]
-    assert sizes(files.blocks) == (84, 168) and files.blocks.is_full
+    assert sizes(files.blocks) == (80, 160) and files.blocks.is_full
     for n, piece in enumerate((first, second, third)):
         files.reads(piece, 100 * n)
 
@@ -80,9 +82,9 @@ def test_a_released_block_counts_no_more(tmp_path):
     two_pieces.pieces += 1
     files.blocks.written()
     files.blocks.release(spilled)
-    assert sizes(files.blocks) == (84, 84)
+    assert sizes(files.blocks) == (80, 80)
     files.blocks.release(piece)
-    assert sizes(files.blocks) == (84, 84)  # a piece of it lives
+    assert sizes(files.blocks) == (80, 80)  # a piece of it lives
     files.blocks.release(piece)
     files.blocks.release(kept)
     assert sizes(files.blocks) == (0, 0) and not files.blocks.is_full
@@ -98,7 +100,7 @@ def test_a_block_that_was_released_before_it_was_written_is_not_spilled(tmp_path
 
 def test_a_block_on_disk_grows_by_its_pieces(tmp_path):
     files = Files(tmp_path, 100)
-    block = files.blocks.on_disk(1, 0, 0)
+    block = files.blocks.on_disk(1, 0)
     files.blocks.grow(block, 80)
     files.blocks.grow(block, 40)
     assert (block.nbytes, sizes(files.blocks)) == (120, (0, 120)) and files.blocks.is_full

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from asyncrl.buffer.blocks import Blocks, Piece
 from asyncrl.buffer.columns import Columns, Prompt, flat_lists, list_array, slices
+from asyncrl.buffer.log import Sealed
 from asyncrl.buffer.schema import FLAGS, LOGPROBS, TOKENS
 
 
@@ -16,8 +17,7 @@ def filled():
     columns = Columns(Blocks(2**20, lambda generation: None))
     columns.put_prompt(7, Prompt("p", np.array([9], np.int32), "{}", 0), [1, 2])
     tokens = np.arange(6, dtype=np.int32)
-    data = tokens.tobytes() + (tokens / 2).astype(np.float32).tobytes()
-    block = columns.blocks.add(1, 100, memoryview(data))
+    block = columns.blocks.add(1, Sealed(100, 124, tokens, (tokens / 2).astype(np.float32)))
     for rollout_id, first, count, version in ((1, 0, 2, 0), (2, 2, 1, 0), (1, 3, 3, 1)):
         columns.append(rollout_id, Piece(block, 100 + 4 * first, 124 + 4 * first, count, version))
     return columns, block

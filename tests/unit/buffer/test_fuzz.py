@@ -53,7 +53,7 @@ class State:
             assert await client.append("holder", [segment]) == []
             self.lengths[lease.rollout_id, lease.lease_id] = count
         self.complete = {(held[0].rollout_id, held[0].lease_id)}
-        batch = await client.ask(0, wire.ReadBatch(after=0, timeout_s=1.0))
+        batch = await client.ask(0, wire.ReadBatch(after=0, timeout_s=1.0, from_files=True))
         assert batch.selection.batch_ids == (1,)
 
     def valid_requests(self):
@@ -92,8 +92,8 @@ class State:
             (wire.Release(leases=[pair, (done, done_lease)]), None),
             (wire.Heartbeat(engine_id="holder"), None),
             (wire.EngineLost(engine_id="holder"), None),
-            (wire.ReadBatch(after=0, timeout_s=0.0, room=Region(64, 2**16)), None),
-            (wire.ReadBatch(after=0, timeout_s=0.0), None),
+            (wire.ReadBatch(after=0, timeout_s=0.0, from_files=True), None),
+            (wire.ReadBatch(after=0, timeout_s=0.0, from_files=False), None),
             (wire.Commit(batch_id=1, version=1), None),
             (wire.Publish(version=0), None),
             (wire.Freeze(seconds=0.0), None),

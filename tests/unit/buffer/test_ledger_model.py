@@ -31,7 +31,7 @@ def no_columns():
 
 def append_piece(columns, rollout_id, version, tokens):
     """Tokens that lie anywhere: the ledger knows how many there are, and the pieces say so too."""
-    columns.append(rollout_id, Piece(columns.blocks.on_disk(1, 0, 8 * tokens), 0, 0, tokens, version))
+    columns.append(rollout_id, Piece(columns.blocks.on_disk(1, 8 * tokens), 0, 0, tokens, version))
 
 
 def age(group):
@@ -336,11 +336,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @turn(1, passed=st.floats(0.1, 6.0), alive=st.sampled_from(["", "a", "ab"]))
     def wait(self, passed, alive):
         self.now += passed
-        for engine in alive:
+        for engine in (*alive, "idle"):
             self.ledger.heartbeat(engine, self.now)
         for rollout in self.ledger.expire(self.now):
             assert rollout.state is State.QUEUED and not rollout.lease_id
         engines = self.ledger.book.engines
+        assert "idle" not in engines  # it never leased
         for rollout in self.ledger.book.rollouts.values():
             if rollout.lease_id:
                 assert max(rollout.touched, engines[rollout.engine_id].seen) + 5.0 > self.now

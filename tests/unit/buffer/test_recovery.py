@@ -46,14 +46,14 @@ class Run:
 
 
 def record(folder, patch):
-    """A small run: admitted and leased, sampled, scored, the next file begun, trained."""
+    """A small run: admitted and leased, sampled, scored, the next file begun, handed over, trained."""
     writes, states = [], []
     real_write_at, real_write = log_module.write_at, base.write
 
-    def write_at(fd, data, at):
+    def write_at(fd, parts, at):
         name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
-        writes.append(Write(name, bytes(memoryview(data)), at, False))
-        return real_write_at(fd, data, at)
+        writes.append(Write(name, b"".join(parts), at, False))
+        return real_write_at(fd, parts, at)
 
     def write(path, data, **how):
         writes.append(Write(path.name, bytes(data), 0, True))
@@ -79,6 +79,7 @@ def record(folder, patch):
     driver.shard.store.rotate_log()
     states.append((len(writes), state_of(driver.shard)))
     driver.read()
+    acknowledge()
     driver.train()
     acknowledge()
     driver.shard.close()

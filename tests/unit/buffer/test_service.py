@@ -8,16 +8,13 @@ import time
 
 import msgspec
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-import zmq
 
 from asyncrl.buffer import BlockingBufferClient, BufferAddress, BufferClient, PromptRow, connection, wire
 from asyncrl.buffer.arena import Arena, Region
 from asyncrl.buffer.columns import slices
 from asyncrl.buffer.errors import ArenaUnknown, BadRequest
-from asyncrl.buffer.handover import arrive
-from asyncrl.buffer.log import read_stream
 from asyncrl.buffer.reading import read_log
 from asyncrl.buffer.schema import BATCH
 from tests.buffer_world import (
@@ -111,8 +108,9 @@ def test_a_groups_rollouts_live_in_the_shard_that_their_ids_name(world):
         rows["rollout_id"].to_pylist(), rows["group_id"].to_pylist(), strict=True
     ):
         assert rollout_id % shards == group_id % shards
-        segments = read_stream(buffer.log(rollout_id % shards) / "segments-000001.arrows")
-        assert rollout_id in segments["rollout_id"].to_pylist()
+        segments = read_log(buffer.folder / "rollouts").segments
+        mine = segments.filter(pc.field("rollout_id") == rollout_id)
+        assert mine["shard"].unique().to_pylist() == [rollout_id % shards]
 
 
 def test_many_batches_go_round_and_pacing_leaves_room_for_each(world):
@@ -497,26 +495,6 @@ def test_a_region_of_an_arena_that_is_unknown_or_too_small_or_another_s_is_refus
     goes_round(buffer)
 
 
-def test_room_for_a_batch_outside_of_the_arena_is_refused_and_the_batch_comes_again(world):
-    """It ended the shard: what was thrown while the batch was placed met nobody who caught it."""
-    buffer, reader = world
-    asyncio.run(admit(buffer.address, 3))
-    talk(buffer, generate)
-    arena = Arena(2**20)
-    with RawClient(buffer.address.endpoints[0], buffer.client_keys) as client:
-        assert client.ask(wire.Attach(location=arena.location)).refused == ""
-        for room in (Region(0, 2**19), Region(2**20 - 64, 2**19), Region(64, 2**40)):
-            refused = client.ask(wire.ReadBatch(after=0, timeout_s=1.0, room=room))
-            assert isinstance(refused, wire.Problem) and refused.kind == "BadRequest"
-            assert "between the arena's header and its end" in refused.message
-    arena.close()
-    selection, rows = reader.read_batch(2.0)
-    check_rows(rows, TOKENS)
-    assert set(selection.batch_ids) == {1}
-    reader.commit(selection.batch_ids, 1)
-    goes_round(buffer)
-
-
 def test_a_location_that_is_no_arena_is_refused_with_the_reason_and_frames_are_used(world):
     buffer, _ = world
     arena = Arena(2**20)
@@ -554,24 +532,10 @@ def test_the_arena_and_frames_carry_the_same(world):
     attached, taken = talk(buffer, long)
     assert attached == dict.fromkeys(range(buffer.config.shards), True) and not taken
     talk(buffer, without_arena)
-    selection, rows = reader.read_batch(5.0)
-    check_rows(rows, LONG)
-    other = BlockingBufferClient(buffer.address)  # a reader that got nothing so far: the batch comes again
-    in_frames = []
-    for shard in range(buffer.config.shards):
-        answers = {}
-        for name, room in (("arena", other._room_at(shard)), ("small", Region(64, 128)), ("frames", None)):
-            request = wire.ReadBatch(after=0, timeout_s=1.0, room=room)
-            answer = other._shards[shard].ask(request, timeout_s=1.0)
-            assert answer.reply.in_room == (name == "arena") == (answer.body is None)
-            body = memoryview(bytes(other._body(shard, answer, room)))
-            answers[name] = arrive(answer.reply.layout, answer.reply.selection.rollout_ids, body)
-        assert answers["arena"].equals(answers["frames"]) and answers["arena"].equals(answers["small"])
-        in_frames.append(answers["frames"])
-    assert pa.Table.from_batches(in_frames).combine_chunks().to_batches()[0].equals(rows)
-    other.close()
-    reader.commit(selection.batch_ids, 1)
-    check_rows(reader.read_batch(5.0)[1], LONG)
+    for version in (1, 2):
+        selection, rows = reader.read_batch(5.0)
+        check_rows(rows, LONG)
+        reader.commit(selection.batch_ids, version)
 
 
 def test_a_batch_that_was_read_stays_as_it_is_while_the_next_ones_are_read(world):
@@ -638,7 +602,7 @@ def test_what_is_sent_twice_is_done_once(tmp_path):
             thrice(*_append(b, 0, 4, finish_reasons=["length"]))
             thrice(_scored(a, 1.0)[0])
             thrice(_scored(b, 0.5)[0])
-            batch = thrice(wire.ReadBatch(after=0, timeout_s=1.0))
+            batch = thrice(wire.ReadBatch(after=0, timeout_s=1.0, from_files=True))
             assert batch.selection.batch_ids == (1,)
             thrice(wire.Snapshot(step=1, keep=[]))
             assert thrice(wire.Commit(batch_id=1, version=1)).counts.trained == 2
@@ -739,7 +703,7 @@ def test_what_a_client_did_not_read_before_it_ended_is_given_to_its_successor(wo
             await score(client, lease)
 
     talk(buffer, successor)
-    ask_and_end(wire.ReadBatch(after=0, timeout_s=1.0))
+    ask_and_end(wire.ReadBatch(after=0, timeout_s=1.0, from_files=True))
     assert reader.status().states["batched"] == 6
     selection, rows = reader.read_batch(2.0)
     check_rows(rows, TOKENS)
@@ -758,7 +722,7 @@ def test_a_cancellation_that_comes_together_with_the_answer_is_not_lost(world):
         asking = asyncio.create_task(client.ask(0, waiting, timeout_s=20.0))
         await asyncio.sleep(0.2)  # the request is out, and its answer is awaited
         (asked,) = client._shards[0].asked.values()
-        asked.answer.set_result([zmq.Frame(b"id"), zmq.Frame(wire.encode(wire.Number(value=1)))])
+        asked.answer.set_result([b"id", wire.encode(wire.Number(value=1))])
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
@@ -933,12 +897,13 @@ def test_a_torn_end_is_left_out_of_the_tables_and_cut_off_by_the_next_start(worl
     talk(buffer, generate)
     before = accounts(reader.status())
     buffer.stop()
+    whole = read_log(buffer.folder / "rollouts").segments
     for shard in range(buffer.config.shards):
         path = buffer.log(shard) / "segments-000001.arrows"
-        whole = read_stream(path).num_rows
         with path.open("ab") as file:
             file.write(path.read_bytes()[-60:])
-        assert read_stream(path).num_rows == whole
+    torn = read_log(buffer.folder / "rollouts")
+    assert torn.segments.equals(whole)
     buffer.start()
     after = reader.status()
     assert after.recovery.cut_bytes == 60 * buffer.config.shards

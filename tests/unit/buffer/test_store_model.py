@@ -20,7 +20,7 @@ from asyncrl.buffer import log as log_module
 from asyncrl.buffer.columns import slices
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull
-from asyncrl.buffer.handover import arrive
+from asyncrl.buffer.handover import LogFiles, arrive, split
 from asyncrl.buffer.log import file_of, journal_of
 from asyncrl.buffer.records import LedgerSettings, Recovery
 from asyncrl.buffer.schema import State
@@ -70,11 +70,12 @@ def full_disk(after):
     """The log's writes fail from the `after`-th on, the first of them in its midst."""
     real, left = log_module.write_at, [after]
 
-    def write_at(fd, data, at):
+    def write_at(fd, parts, at):
         left[0] -= 1
         if left[0] >= 0:
-            return real(fd, data, at)
-        real(fd, memoryview(data)[: memoryview(data).nbytes // 2], at)
+            return real(fd, parts, at)
+        data = memoryview(b"".join(parts))
+        real(fd, [data[: data.nbytes // 2]], at)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     log_module.write_at = write_at
@@ -202,13 +203,15 @@ class Driver:
     def read(self):
         if self.batch is not None:
             return
-        answer = self.shard.attempt(wire.ReadBatch(after=self.got, timeout_s=0.0), b"")
+        request = wire.ReadBatch(after=self.got, timeout_s=0.0, from_files=True)
+        answer = self.shard.attempt(request, b"")
         if answer is None:
             return
-        self.batch = answer.selection
-        body = memoryview(bytearray(answer.layout.nbytes))
-        self.shard.fill(answer, body)
-        rows = arrive(answer.layout, self.batch.rollout_ids, body)
+        self.batch, layout = answer.selection, answer.layout
+        self.near, self.far = (self.shard.places(answer), layout), split(self.shard.body(answer), layout.tokens)
+        self.shard.commit()  # as the service does before it answers
+        self.read_near()
+        rows = arrive(layout, self.batch.rollout_ids, *self.far)
         (self.got,) = self.batch.batch_ids
         assert tuple(rows["rollout_id"].to_pylist()) == self.batch.rollout_ids
         columns = zip(
@@ -221,9 +224,16 @@ class Driver:
             oldest = self.batch.version - self.settings.max_staleness_versions
             assert trainable.tolist() == [v >= oldest for v in versions.tolist()]
 
+    def read_near(self):
+        """What a reader on this host takes from the files is what one on another host is sent."""
+        for near, far in zip(LogFiles().read(*self.near), self.far, strict=True):
+            assert near.dtype == far.dtype and np.array_equal(near, far)
+
     def train(self):
+        """Whatever came between: the files that it was handed are there until the commit."""
         if self.batch is None:
             return
+        self.read_near()
         trained = [self.book.groups[g].position for g in self.batch.group_ids]
         request = wire.Commit(batch_id=self.batch.batch_ids[0], version=self.book.version + 1)
         assert self.shard.carry_out(request, b"").counts.holds
@@ -596,15 +606,16 @@ def two_snapshots(tmp_path):
 def test_a_restore_that_is_cut_short_happened_or_did_not(two_snapshots, tmp_path):
     seen = set()
     for after in range(100):
-        copy = tmp_path / str(after)
-        shutil.copytree(two_snapshots.folder, copy)
-        shard = Shard(SETTINGS, two_snapshots.config, copy)
+        dies, copy = tmp_path / f"{after}-dies", tmp_path / str(after)
+        shutil.copytree(two_snapshots.folder, dies)
+        shard = Shard(SETTINGS, two_snapshots.config, dies)
         try:
             with cut_short(after):
                 shard.carry_out(wire.Restore(step=1), b"")
             done = True
         except Cut:
             done = False
+        shutil.copytree(dies, copy)  # the one that died still holds its folder: it died in this process
         again = Shard(SETTINGS, two_snapshots.config, copy)
         version, snapshots = again.ledger.version, {*again.store.snapshots()}
         seen.add((version, *snapshots))
