@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 import xxhash
 
-from asyncrl.buffer.blocks import Block, Blocks, Piece
 from asyncrl.buffer.book import Book, extend_spans
 from asyncrl.buffer.columns import Columns, Prompt
 from asyncrl.buffer.records import EngineRecord, Group, LedgerSettings, Rollout
 from asyncrl.buffer.schema import State
+from asyncrl.buffer.token_files import Piece, TokenFiles
 
 _CHECK = struct.Struct("<Q")
 
@@ -157,7 +157,7 @@ def _dump_rollouts(rollouts: list[Rollout], answers: list[list[Piece]]) -> Rollo
 
 def _dump_pieces(pieces: list[Piece]) -> PieceColumns:
     return PieceColumns(
-        generations=[p.block.generation for p in pieces],
+        generations=[p.generation for p in pieces],
         tokens_at=[p.tokens_at for p in pieces],
         logprobs_at=[p.logprobs_at for p in pieces],
         lengths=[p.length for p in pieces],
@@ -165,8 +165,8 @@ def _dump_pieces(pieces: list[Piece]) -> PieceColumns:
     )
 
 
-def load(state: BaseState, settings: LedgerSettings, blocks: Blocks, now: float) -> tuple[Book, Columns]:
-    book, columns = Book(settings), Columns(blocks)
+def load(state: BaseState, settings: LedgerSettings, files: TokenFiles, now: float) -> tuple[Book, Columns]:
+    book, columns = Book(settings), Columns(files)
     book.version, book.serving, book.frontier = state.version, state.serving, state.frontier
     book.next_group, book.next_rollout, book.next_lease, book.next_batch = state.next_ids
     book.admitted, book.trained = state.admitted, state.trained
@@ -193,7 +193,7 @@ _NOWHERE = Group(0, "", 0)
 def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollout]:
     """Their groups are still to be set. Spans follow from the pieces."""
     r = state.rollouts
-    pieces = _load_pieces(state.pieces, columns.blocks)
+    pieces = _load_pieces(state.pieces, columns.files)
     rollouts = []
     fields = zip(
         r.rollout_ids,
@@ -245,16 +245,11 @@ def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollo
     return rollouts
 
 
-def _load_pieces(p: PieceColumns, blocks: Blocks) -> Iterator[Piece]:
-    files: dict[int, Block] = {}
+def _load_pieces(p: PieceColumns, files: TokenFiles) -> Iterator[Piece]:
     fields = zip(p.generations, p.tokens_at, p.logprobs_at, p.lengths, p.versions, strict=True)
-    for generation, tokens_at, logprobs_at, length, version in fields:
-        block = files.get(generation)
-        if block is None:
-            block = files[generation] = blocks.on_disk(generation, 0)
-        blocks.grow(block, 8 * length)
-        block.pieces += 1
-        yield Piece(block, tokens_at, logprobs_at, length, version)
+    for piece in map(Piece._make, fields):
+        files.hold(piece)
+        yield piece
 
 
 def _load_groups(g: GroupColumns, columns: Columns, rollouts: list[Rollout]) -> Iterator[Group]:

@@ -1,5 +1,5 @@
 """The tokens of live rollouts, by rollout: what was asked, and the pieces of the answer. Knows no states; what may be added or
-dropped is the ledger's word, where the bytes lie is `blocks`'.
+dropped is the ledger's word, where the bytes lie is `token_files`'.
 
 Tokens int32 [n], logprobs float32 [n], versions int32 [n] per rollout. Called by `shard` and `recovery`.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from asyncrl.buffer.blocks import Blocks, Piece
+from asyncrl.buffer.token_files import Piece, TokenFiles
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,8 +50,8 @@ def slices(column: pa.ListArray | pa.ChunkedArray) -> list[np.ndarray]:
 class Columns:
     """Prompts by group, answers by rollout."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
+    def __init__(self, files: TokenFiles) -> None:
+        self.files = files
         self.prompts: dict[int, Prompt] = {}
         self.answers: dict[int, list[Piece]] = {}
 
@@ -62,17 +62,17 @@ class Columns:
 
     def append(self, rollout_id: int, piece: Piece) -> None:
         self.answers[rollout_id].append(piece)
-        piece.block.pieces += 1
+        self.files.hold(piece)
 
     def restart(self, rollout_id: int) -> None:
         """Forgets the answer: the attempt failed."""
         for piece in self.answers[rollout_id]:
-            self.blocks.release(piece)
+            self.files.release(piece)
         self.answers[rollout_id] = []
 
     def drop(self, rollout_ids: Iterable[int], group_ids: Iterable[int]) -> None:
         """Frees closed rollouts and groups."""
-        release = self.blocks.release
+        release = self.files.release
         for rollout_id in rollout_ids:
             for piece in self.answers.pop(rollout_id):
                 release(piece)
@@ -81,14 +81,14 @@ class Columns:
 
     def tokens(self, rollout_id: int) -> bytes:
         """The answer so far, as int32."""
-        return b"".join(self.blocks.tokens(p).tobytes() for p in self.answers[rollout_id])
+        return b"".join(self.files.tokens(p).tobytes() for p in self.answers[rollout_id])
 
     def copy(self, rollout_ids: Iterable[int], tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """The answers, one behind the other, into flat columns of their length."""
-        at, blocks, answers = 0, self.blocks, self.answers
+        at, files, answers = 0, self.files, self.answers
         for rollout_id in rollout_ids:
             for piece in answers[rollout_id]:
                 end = at + piece.length
-                tokens[at:end] = blocks.tokens(piece)
-                logprobs[at:end] = blocks.logprobs(piece)
+                tokens[at:end] = files.tokens(piece)
+                logprobs[at:end] = files.logprobs(piece)
                 at = end

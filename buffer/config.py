@@ -43,8 +43,9 @@ class BufferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     shards: Positive = 1
     """Processes that groups are dealt out to. One carries tens of thousands of rollouts per second."""
     memory_bytes: Annotated[int, msgspec.Meta(ge=2**20)] = 2 * 2**30
-    """Tokens of live rollouts kept in memory, over all shards; the rest is read from the log's files when needed. At this
-    size leases are held back for all groups but those that the next batch needs."""
+    """Budget for the tokens and logprobs of live rollouts (8 bytes a token), over all shards. They lie in the log's files:
+    in the page cache as far as the system has memory, else on disk. At this size leases are held back for all groups but
+    those that the next batch needs; what engines hold already is taken in any case."""
     durability: Literal["os", "fsync"] = "os"
     """Before a request is answered its rows are with the operating system ("os": survives the death of every process)
     or on the disk ("fsync": survives the loss of power too)."""

@@ -86,10 +86,10 @@ def lay_out(rollouts: Sequence[Rollout], columns: Columns, oldest_trainable_vers
 def places(rollouts: Sequence[Rollout], columns: Columns, host: str) -> Places:
     """`host` is this host's `boot_id`."""
     pieces = [piece for r in rollouts for piece in columns.answers[r.rollout_id]]
-    generations = [piece.block.generation for piece in pieces]
+    generations = [piece.generation for piece in pieces]
     files = {}
     for generation in set(generations):
-        path = columns.blocks.path_of(generation).resolve()
+        path = columns.files.path_of(generation).resolve()
         status = path.stat()
         files[generation] = (str(path), status.st_dev, status.st_ino)
     return Places(

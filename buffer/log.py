@@ -103,17 +103,6 @@ class SegmentRows(NamedTuple):
     logprobs: list[np.ndarray]
 
 
-class Sealed(NamedTuple):
-    """Where in its file the values of segments lie, and the values themselves."""
-
-    tokens_at: int
-    logprobs_at: int
-    tokens: np.ndarray
-    """int32 [tokens of all segments]"""
-    logprobs: np.ndarray
-    """float32 [tokens of all segments]"""
-
-
 class Stream:
     """One Arrow IPC stream that grows, written at absolute offsets."""
 
@@ -127,6 +116,8 @@ class Stream:
         """Messages in parts, to be written one behind the other."""
         self.next = self.end + sum(len(part) for part in self.waiting)
         """Where the next message will stand."""
+        self._written = self.end
+        """What is in the file, committed or not."""
 
     def put(self, message: Message) -> int:
         """Returns where it will stand."""
@@ -138,12 +129,20 @@ class Stream:
     def write(self) -> int:
         """Puts what waits into the file; returns its hash. May be called again after an error."""
         digest = xxhash.xxh3_64()
-        views = [memoryview(part).cast("B") for part in self.waiting if len(part)]
-        for view in views:
+        for view in self._views():
             digest.update(view)
-        write_at(self._fd, views, self.end)
+        self.write_out()
         value: int = digest.intdigest()
         return value
+
+    def write_out(self) -> None:
+        """Nothing, where all that waits was written since the last of it came."""
+        if self._written < self.next:
+            write_at(self._fd, self._views(), self.end)
+            self._written = self.next
+
+    def _views(self) -> list[memoryview]:
+        return [memoryview(part).cast("B") for part in self.waiting if len(part)]
 
     def committed(self) -> None:
         self.end, self.waiting = self.next, []
@@ -210,10 +209,10 @@ class Log:
             strings(payloads),
         )
 
-    def segments(self, rows: SegmentRows) -> Sealed:
-        """The one copy of the values that is made: from the askers' memory, which is theirs again once they are answered."""
+    def segments(self, rows: SegmentRows) -> tuple[int, int]:
+        """Where in the file the tokens and the logprobs will begin. They are written from where they lie: the askers'
+        memory, which is theirs again once they are answered."""
         offsets = offsets_of(rows.lengths)
-        tokens, logprobs = np.concatenate(rows.tokens), np.concatenate(rows.logprobs)
         start, values_at = self._put(
             "segments",
             len(rows.rollout_ids),
@@ -222,10 +221,10 @@ class Log:
             Values([np.array(rows.starts, np.int32)]),
             Values([np.array(rows.versions, np.int32)]),
             strings(rows.finish_reasons),
-            Lists(offsets, [tokens]),
-            Lists(offsets, [logprobs]),
+            Lists(offsets, rows.tokens),
+            Lists(offsets, rows.logprobs),
         )
-        return Sealed(start + values_at[-2], start + values_at[-1], tokens, logprobs)
+        return start + values_at[-2], start + values_at[-1]
 
     def states(self, rows: StateRows) -> None:
         columns = rows.columns()
@@ -249,6 +248,14 @@ class Log:
         seq, unix_s = np.arange(first, first + rows), np.full(rows, time.time())
         message = _template(name).message(rows, [Values([seq]), Values([unix_s]), *columns])
         return self._streams[name].put(message), message.values_at
+
+    def write_out(self) -> None:
+        """Has the tokens that came in this round in their file, where they can be read; they count from the next commit.
+        Raises DiskFull or OSError."""
+        try:
+            self._streams["segments"].write_out()
+        except OSError as error:
+            raise disk_full(self.folder, error) from error
 
     def commit(self) -> None:
         """Writes what waits. Raises DiskFull (nothing is lost: call again) or OSError."""

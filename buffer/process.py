@@ -41,20 +41,11 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: int = 0
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
 def tune_process() -> None:
-    """For a process that serves a shard and does nothing else: memory that was touched once is used again.
-
-    Without it every message of some size is mapped and unmapped anew (a page fault for each 4 KiB). The cycle collector
-    would stop the loop for up to a second to walk all live rollouts, which are no cycles once they are closed.
-    """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
-    pa.set_memory_pool(pa.system_memory_pool())
+    """For a process that serves a shard and does nothing else. The cycle collector would stop its loop for up to a second to
+    walk all live rollouts, which are no cycles once they are closed."""
     pa.array(np.zeros(1))  # the first of its kind imports pandas where that is installed: a third of a second
+    gc.collect()
     gc.freeze()
     gc.disable()
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pyarrow as pa
 
 from asyncrl.buffer import base
-from asyncrl.buffer.blocks import Blocks, Piece
 from asyncrl.buffer.book import Book
 from asyncrl.buffer.columns import Columns, Prompt, slices
 from asyncrl.buffer.errors import LogDamaged
@@ -26,6 +25,7 @@ from asyncrl.buffer.log import LAYOUTS, file_of, journal_of, values_at
 from asyncrl.buffer.records import LedgerSettings, Transition
 from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
+from asyncrl.buffer.token_files import Piece, TokenFiles
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,13 @@ def recover(
     folder: Path,
     state: base.BaseState,
     settings: LedgerSettings,
-    blocks: Blocks,
+    files: TokenFiles,
     clock: Callable[[], float] = time.monotonic,
 ) -> Recovered:
     """The state after the last commit that counts. Cuts the files to it."""
     now = clock()
     _find_pieces(folder, state)
-    book, columns = base.load(state, settings, blocks, now)
+    book, columns = base.load(state, settings, files, now)
     paths = [file_of(folder, name, state.generation) for name in STREAMS]
     buffers = [_read(path) for path in paths]
     journal = _read(journal_of(folder, state.generation))
@@ -187,7 +187,6 @@ class _Fold:
 
     def _segments(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
         tokens_at, logprobs_at = values_at(batch, file)
-        block = self._columns.blocks.on_disk(self._generation, nbytes)
         offsets = batch["tokens"].offsets.to_pylist()
         rows = zip(
             batch["rollout_id"].to_pylist(), batch["version"].to_pylist(), offsets, offsets[1:], strict=False
@@ -196,10 +195,10 @@ class _Fold:
             if end == first:
                 continue
             self._book.extend(self._book.rollouts[rollout_id], version, end - first)
-            piece = Piece(block, tokens_at + 4 * first, logprobs_at + 4 * first, end - first, version)
+            piece = Piece(
+                self._generation, tokens_at + 4 * first, logprobs_at + 4 * first, end - first, version
+            )
             self._columns.append(rollout_id, piece)
-        if not block.pieces:
-            self._columns.blocks.release_block(block)
 
     def _states(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
         columns = (batch[name].to_pylist() for name in Transition._fields)

@@ -38,8 +38,7 @@ def add_reports(parts: Sequence[Report]) -> Report:
         lengths=_add(p.lengths for p in parts),
         dropped_lengths=_add(p.dropped_lengths for p in parts),
         memory_bytes=sum(p.memory_bytes for p in parts),
-        bytes_in_memory=sum(p.bytes_in_memory for p in parts),
-        bytes_spilled=sum(p.bytes_spilled for p in parts),
+        held_bytes=sum(p.held_bytes for p in parts),
         disk_full="; ".join(p.disk_full for p in parts if p.disk_full),
         recovery=_recovery([p.recovery for p in parts if p.recovery]),
     )

@@ -211,6 +211,8 @@ class BufferService:
                 self._reply(*waiting.key, answer)
         except (BadRequest, LeaseLost) as problem:
             self._refuse(*waiting.key, problem)
+        except DiskFull:
+            return False  # the commit of this round meets it too; what was given away is given again
         self._count_wait(waiting, self._clock())
         return True
 
@@ -289,7 +291,7 @@ class BufferService:
         for waiting in self._waiting:
             cause = _WAITS[type(waiting.request)]
             waits[cause] = waits.get(cause, 0.0) + now - waiting.since
-        ledger, blocks = self._shard.ledger, self._shard.store.blocks
+        ledger, files = self._shard.ledger, self._shard.store.files
         book = ledger.book
         return wire.Report(
             version=ledger.version,
@@ -306,8 +308,7 @@ class BufferService:
             lengths=coarse(book.lengths),
             dropped_lengths=coarse(book.dropped_lengths),
             memory_bytes=self._memory_bytes,
-            bytes_in_memory=blocks.bytes_in_memory,
-            bytes_spilled=blocks.bytes_spilled,
+            held_bytes=files.held_bytes,
             disk_full=self._disk_full,
             recovery=self._shard.store.recovery,
         )

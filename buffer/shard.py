@@ -15,7 +15,6 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from asyncrl.buffer import wire
-from asyncrl.buffer.blocks import Piece
 from asyncrl.buffer.columns import Prompt
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull, LeaseLost
@@ -25,6 +24,7 @@ from asyncrl.buffer.ledger import Prompt as Asked
 from asyncrl.buffer.log import SegmentRows
 from asyncrl.buffer.records import Group, LedgerSettings, Rollout, Selection
 from asyncrl.buffer.store import SnapshotFile, Store
+from asyncrl.buffer.token_files import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Shard:
                     request.limit,
                     self._clock(),
                     request.after,
-                    next_batch_only=self.store.blocks.is_full,
+                    next_batch_only=self.store.files.is_full,
                 )
                 return wire.Leases(rollouts=[self._leased(r) for r in rollouts]) if rollouts else None
             case wire.ReadBatch(after=after):
@@ -249,10 +249,16 @@ class Shard:
             rollout.lease_id,
             rollout.group.group_id,
             prompt.tokens.tobytes(),
-            self.store.columns.tokens(rollout.rollout_id) if rollout.length else b"",
+            self._prefix(rollout) if rollout.length else b"",
             rollout.finish_reason,
             prompt.payload,
         )
+
+    def _prefix(self, rollout: Rollout) -> bytes:
+        self.store.log.write_out()  # it may have come in this very round
+        tokens = self.store.columns.tokens(rollout.rollout_id)
+        self.store.files.give_back()
+        return tokens
 
     def _batch(self, selection: Selection) -> Handover:
         rollouts = [self.ledger.book.rollouts[r] for r in selection.rollout_ids]
@@ -267,8 +273,9 @@ class Shard:
         """The body of a batch for a reader on another host."""
         total = batch.layout.tokens
         body = memoryview(bytearray(8 * total))
+        self.store.log.write_out()
         fill(body, total, batch.rollouts, self.store.columns)
-        self.store.blocks.give_back()
+        self.store.files.give_back()
         return body
 
     def expire(self) -> None:
@@ -290,18 +297,13 @@ class Shard:
             )
         rows = self._segments
         if rows.rollout_ids:
-            sealed = self.store.log.segments(rows)
-            block = self.store.blocks.add(self.store.log.generation, sealed)
-            at, columns = 0, self.store.columns
+            tokens_at, logprobs_at = self.store.log.segments(rows)
+            generation, append = self.store.log.generation, self.store.columns.append
             for rollout_id, version, count in zip(rows.rollout_ids, rows.versions, rows.lengths, strict=True):
                 if count:
-                    columns.append(
-                        rollout_id,
-                        Piece(block, sealed.tokens_at + at, sealed.logprobs_at + at, count, version),
-                    )
-                    at += 4 * count
-            if not block.pieces:
-                self.store.blocks.release_block(block)
+                    append(rollout_id, Piece(generation, tokens_at, logprobs_at, count, version))
+                    tokens_at += 4 * count
+                    logprobs_at += 4 * count
         if self._admitted or rows.rollout_ids:
             self._clear()
 
@@ -312,7 +314,6 @@ class Shard:
         if len(rows):
             self.store.log.states(rows)
         self.store.log.commit()
-        self.store.blocks.written()
         self.store.columns.drop(*self.ledger.take_closed())
         if self.store.wants_rotation and self._clock() >= self._rotate_after:
             self._rotate()

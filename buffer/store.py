@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 
 from asyncrl.buffer import base
-from asyncrl.buffer.blocks import Blocks
 from asyncrl.buffer.book import Book
 from asyncrl.buffer.columns import Columns
 from asyncrl.buffer.config import BufferConfig
@@ -30,6 +29,7 @@ from asyncrl.buffer.log import Log, disk_full, file_of, journal_of
 from asyncrl.buffer.records import LedgerSettings, Recovery
 from asyncrl.buffer.recovery import Recovered, newest_base, recover
 from asyncrl.buffer.schema import State
+from asyncrl.buffer.token_files import TokenFiles
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._settings, self._config, self._clock = folder, settings, config, clock
         self._fsync = config.durability == "fsync"
-        self.blocks = self._new_blocks()
+        self.files = self._new_files()
         self.recovery: Recovery | None = None
         self._lock = _locked(folder)
         try:
@@ -73,13 +73,13 @@ class Store:
         if state is not None:
             self._recover(state)
             return
-        state = base.dump(Book(self._settings), Columns(self.blocks), 1, [], 0)
+        state = base.dump(Book(self._settings), Columns(self.files), 1, [], 0)
         base.write(base.path_of(self.folder, 1), base.encode(state))
         self._open(state)
 
-    def _new_blocks(self) -> Blocks:
+    def _new_files(self) -> TokenFiles:
         budget = self._config.memory_bytes // self._settings.shards
-        return Blocks(budget, lambda generation: file_of(self.folder, "segments", generation))
+        return TokenFiles(budget, lambda generation: file_of(self.folder, "segments", generation))
 
     def _recover(self, state: base.BaseState) -> None:
         found = self._open(state)
@@ -93,7 +93,7 @@ class Store:
 
     def _open(self, state: base.BaseState) -> Recovered:
         self._set_aside(state)
-        found = recover(self.folder, state, self._settings, self.blocks, self._clock)
+        found = recover(self.folder, state, self._settings, self.files, self._clock)
         self.book, self.columns = found.book, found.columns
         self.history = state.history
         self.log = Log(
@@ -160,12 +160,12 @@ class Store:
         for generation in {*self._generations(), *bases} - needed:
             for path in (*self._streams_of(generation), base.path_of(self.folder, generation)):
                 path.unlink(missing_ok=True)
-            self.blocks.forget_file(generation)
+            self.files.forget_file(generation)
         for path in self.folder.glob("abandoned-*"):
             shutil.rmtree(path)
 
     def _live_generations(self) -> set[int]:
-        return {p.block.generation for pieces in self.columns.answers.values() for p in pieces}
+        return {p.generation for pieces in self.columns.answers.values() for p in pieces}
 
     # ---- snapshots ---------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Store:
             self._take_back(rewound.generation)
             raise disk_full(self.folder, error) from error
         self.log.close()
-        self.blocks = self._new_blocks()
+        self.files = self._new_files()
         self._open(rewound)
         return snapshot
 

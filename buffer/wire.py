@@ -270,9 +270,9 @@ class Report(_Reply, frozen=True, kw_only=True, tag="report"):
     """Answer tokens (coarse, see `staleness.coarse`) -> closed rollouts."""
     dropped_lengths: dict[int, int]
     memory_bytes: int
-    """Budget for the tokens of live rollouts."""
-    bytes_in_memory: int
-    bytes_spilled: int
+    """Budget of `held_bytes`: at it leases go out for the next batch alone."""
+    held_bytes: int
+    """Tokens and logprobs of live rollouts, which lie in the log's files."""
     disk_full: str
     """What the log's disk said, while it has no room."""
     recovery: Recovery | None

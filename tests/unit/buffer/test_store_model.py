@@ -208,7 +208,10 @@ class Driver:
         if answer is None:
             return
         self.batch, layout = answer.selection, answer.layout
-        self.near, self.far = (self.shard.places(answer), layout), split(self.shard.body(answer), layout.tokens)
+        self.near, self.far = (
+            (self.shard.places(answer), layout),
+            split(self.shard.body(answer), layout.tokens),
+        )
         self.shard.commit()  # as the service does before it answers
         self.read_near()
         rows = arrive(layout, self.batch.rollout_ids, *self.far)
