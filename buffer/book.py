@@ -133,9 +133,12 @@ class Book:
         rollout.length += tokens
         extend_spans(rollout.spans, version, tokens)
         group = rollout.group
+        if version > group.newest_version:
+            group.newest_version = version
         oldest = group.oldest_version
-        if oldest is None or version < oldest or version > group.newest_version:
-            self.find_age(group)
+        if oldest is None or version < oldest:
+            group.oldest_version = version
+            self._aged(group, oldest)
 
     def complete(self, rollout: Rollout, finish_reason: str) -> None:
         self._move(rollout, _COMPLETE)
@@ -245,8 +248,11 @@ class Book:
         versions = [v for r in group.rollouts.values() for v, _ in r.spans]
         group.oldest_version = min(versions, default=None)
         group.newest_version = max(versions, default=-1)
-        if group.oldest_version == before:
-            return
+        if group.oldest_version != before:
+            self._aged(group, before)
+
+    def _aged(self, group: Group, before: int | None) -> None:
+        """Its oldest version was `before`."""
         if not group.batch_id:
             if before is not None:
                 self._count_age(before, -1)

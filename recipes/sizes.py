@@ -51,8 +51,8 @@ def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
         Size(
             "answers under way, at most",
             amount(_TOKEN_BYTES * under_way * longest),
-            f"{under_way:,} rollouts x {longest} max_new_tokens x {_TOKEN_BYTES} bytes; what is over "
-            f"{amount(recipe.buffer.memory_bytes)} (buffer.memory_bytes) is read back from the log",
+            f"{under_way:,} rollouts x {longest} max_new_tokens x {_TOKEN_BYTES} bytes; at "
+            f"{amount(recipe.buffer.memory_bytes)} (buffer.memory_bytes) leases go out for the next batch alone",
         ),
         Size(
             "slots",

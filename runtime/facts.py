@@ -134,10 +134,8 @@ class BufferFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Groups that pacing allows to be held."""
     quarantined_prompts: int = 0
     """Given up after their rollouts failed again and again; others took their place."""
-    bytes_in_memory: int = 0
-    """Tokens and logprobs of live rollouts. Those that are on disk alone, over the budget or recovered after a death, are
-    `bytes_spilled`: they are read from the log when they are needed."""
-    bytes_spilled: int = 0
+    held_bytes: int = 0
+    """Tokens and logprobs of live rollouts, which lie in the log's files."""
     memory_bytes: int = 0
     """The budget: `buffer.memory_bytes`."""
     drops_by_length_decile: list[int] = []

@@ -215,10 +215,9 @@ def _buffer_ends(buffer: BufferFacts) -> Text:
 
 
 def _memory(buffer: BufferFacts) -> Text:
-    text = Text(amount(buffer.bytes_in_memory), no_wrap=True, overflow="ellipsis")
+    text = Text(amount(buffer.held_bytes), no_wrap=True, overflow="ellipsis")
     text.append(" of ", QUIET).append(amount(buffer.memory_bytes))
     for label, count, shown in (
-        ("on disk", buffer.bytes_spilled, amount(buffer.bytes_spilled)),
         ("quarantined prompts", buffer.quarantined_prompts, f"{buffer.quarantined_prompts:,}"),
         ("restarts", buffer.recoveries, f"{buffer.recoveries:,}"),
     ):

@@ -66,9 +66,7 @@ class BufferUse(msgspec.Struct, frozen=True, kw_only=True):
 
     memory_bytes: int
     """The budget for tokens of live rollouts."""
-    bytes_in_memory_max: int
-    bytes_spilled_max: int
-    """On disk alone, over the budget or recovered after a death: read from the log when they were needed."""
+    held_bytes_max: int
     recoveries: int
     """Processes that died and were started again."""
     quarantined_prompts: int
@@ -222,8 +220,7 @@ def _buffer_use(totals: Totals) -> BufferUse:
     last = totals.buffer
     return BufferUse(
         memory_bytes=last.memory_bytes,
-        bytes_in_memory_max=totals.bytes_in_memory,
-        bytes_spilled_max=totals.bytes_spilled,
+        held_bytes_max=totals.held_bytes,
         recoveries=last.recoveries,
         quarantined_prompts=last.quarantined_prompts,
         drops_by_length_decile=last.drops_by_length_decile,

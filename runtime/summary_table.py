@@ -172,7 +172,7 @@ def _speed(summary: Summary) -> list[Row]:
         Row("learner tokens/s", f"{learner}" + (", while it trains" if summary.learner_tokens_per_s else "")),
         Row("weight sync", _seconds(summary.weight_sync_seconds)),
         Row("engine stall", _seconds(summary.engine_stall_seconds)),
-        Row("buffer memory", _memory(summary.buffer)),
+        Row("tokens held", _memory(summary.buffer)),
         Row("waits", waits or NOT_MEASURED),
         Row(
             "phases",
@@ -184,8 +184,7 @@ def _speed(summary: Summary) -> list[Row]:
 def _memory(use: BufferUse) -> str:
     if not use.memory_bytes:
         return NOT_MEASURED
-    spilled = f", and {amount(use.bytes_spilled_max)} on disk alone" if use.bytes_spilled_max else ""
-    return f"at most {amount(use.bytes_in_memory_max)} of {amount(use.memory_bytes)}{spilled}"
+    return f"at most {amount(use.held_bytes_max)} of {amount(use.memory_bytes)}"
 
 
 def _rate(rate: float | None) -> str:

@@ -38,7 +38,7 @@ class Totals:
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
         self.buffer = BufferFacts()
-        self.bytes_in_memory = self.bytes_spilled = 0
+        self.held_bytes = 0
         self.waits: dict[str, float] = {}
         self.seconds = 0.0
         self.version = 0
@@ -62,8 +62,7 @@ class Totals:
 
     def _add_snapshot(self, now: Snapshot) -> None:
         self.buffer, self.waits = now.buffer, now.waits
-        self.bytes_in_memory = max(self.bytes_in_memory, now.buffer.bytes_in_memory)
-        self.bytes_spilled = max(self.bytes_spilled, now.buffer.bytes_spilled)
+        self.held_bytes = max(self.held_bytes, now.buffer.held_bytes)
         previous, self._previous = self._previous, now
         if previous is None or now.phase != TRAINING or previous.phase != TRAINING:
             return

@@ -300,7 +300,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "live_rollouts": report.counts.live,
         "dropped": report.counts.dropped,
         "equation_holds": report.counts.holds,
-        "token_bytes_in_memory": report.bytes_in_memory,
+        "held_token_bytes": report.held_bytes,
         "rss_bytes": rss,
         "service_cpu_share": service_s / load.seconds,
         "driver_cpu_shares": [each.cpu_s / load.seconds for each in seen],

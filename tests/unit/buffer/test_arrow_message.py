@@ -184,7 +184,8 @@ def write_some(folder):
         group = Group(first, f"prömpt {first}", first, {r: None for r in range(first, first + 3)})
         log.prompts([group, group], [np.array([1, 2, 3], np.int32), np.array([], np.int32)], ['{"ü": 1}', ""])
         tokens = [np.arange(n, dtype=np.int32) for n in (4, 0, 3)]
-        sealed = log.segments(
+        logprobs = [-t.astype(np.float32) / 2 for t in tokens]
+        starts = log.segments(
             SegmentRows(
                 [first, first + 1, first + 2],
                 [7, 8, 9],
@@ -193,10 +194,9 @@ def write_some(folder):
                 ["", "stop", ""],
                 [4, 0, 3],
                 tokens,
-                [-t.astype(np.float32) / 2 for t in tokens],
+                logprobs,
             )
         )
-        assert sealed.tokens.tolist() == [0, 1, 2, 3, 0, 1, 2]
         rows = StateRows()
         rows.add(first, 1, State.LEASED, 0, 5, 0, 0, "engine-ä", "", 0.0)
         rows.add_many([Rollout(r, group) for r in range(first, first + 40)], 3)
@@ -204,8 +204,8 @@ def write_some(folder):
         log.states(rows)
         log.commit()
         data = file_of(folder, "segments", 1).read_bytes()
-        for at, values in ((sealed.tokens_at, sealed.tokens), (sealed.logprobs_at, sealed.logprobs)):
-            assert data[at : at + values.nbytes] == values.tobytes()
+        for at, values in zip(starts, (tokens, logprobs), strict=True):
+            assert data[at : at + 28] == np.concatenate(values).tobytes()
     log.close()
 
 

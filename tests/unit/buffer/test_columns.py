@@ -6,21 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.buffer.blocks import Blocks, Piece
 from asyncrl.buffer.columns import Columns, Prompt, flat_lists, list_array, slices
-from asyncrl.buffer.log import Sealed
 from asyncrl.buffer.schema import FLAGS, LOGPROBS, TOKENS
+from asyncrl.buffer.token_files import Piece, TokenFiles
 
 
-def filled():
+@pytest.fixture
+def columns(tmp_path):
     """Rollouts 1 and 2 of group 7; one message with two pieces of 1 and one of 2."""
-    columns = Columns(Blocks(2**20, lambda generation: None))
-    columns.put_prompt(7, Prompt("p", np.array([9], np.int32), "{}", 0), [1, 2])
+    path = tmp_path / "segments"
     tokens = np.arange(6, dtype=np.int32)
-    block = columns.blocks.add(1, Sealed(100, 124, tokens, (tokens / 2).astype(np.float32)))
+    path.write_bytes(bytes(100) + tokens.tobytes() + (tokens / 2).astype(np.float32).tobytes())
+    columns = Columns(TokenFiles(2**20, lambda generation: path))
+    columns.put_prompt(7, Prompt("p", np.array([9], np.int32), "{}", 0), [1, 2])
     for rollout_id, first, count, version in ((1, 0, 2, 0), (2, 2, 1, 0), (1, 3, 3, 1)):
-        columns.append(rollout_id, Piece(block, 100 + 4 * first, 124 + 4 * first, count, version))
-    return columns, block
+        columns.append(rollout_id, Piece(1, 100 + 4 * first, 124 + 4 * first, count, version))
+    return columns
 
 
 def read(columns, *rollout_ids):
@@ -30,36 +31,33 @@ def read(columns, *rollout_ids):
     return tokens.tolist(), logprobs.tolist()
 
 
-def test_an_answer_is_its_pieces_in_their_order():
-    columns, block = filled()
-    assert block.pieces == 3
+def test_an_answer_is_its_pieces_in_their_order(columns):
+    assert columns.files.held_bytes == 48
     assert np.frombuffer(columns.tokens(1), np.int32).tolist() == [0, 1, 3, 4, 5]
     assert read(columns, 2, 1) == ([2, 0, 1, 3, 4, 5], [1.0, 0.0, 0.5, 1.5, 2.0, 2.5])
     assert read(columns) == ([], [])
 
 
-def test_an_answer_that_starts_again_is_empty_and_frees_its_pieces():
-    columns, block = filled()
+def test_an_answer_that_starts_again_is_empty_and_holds_nothing(columns):
     columns.restart(1)
-    assert columns.tokens(1) == b"" and block.pieces == 1
+    assert columns.tokens(1) == b"" and columns.files.held_bytes == 8
     assert np.frombuffer(columns.tokens(2), np.int32).tolist() == [2]
     columns.restart(2)
-    assert columns.blocks.bytes_in_memory == 0
+    assert columns.files.held_bytes == 0
 
 
-def test_what_is_dropped_is_gone_and_its_memory_free():
-    columns, block = filled()
+def test_what_is_dropped_is_gone_and_holds_nothing(columns):
     columns.drop([1], [])
-    assert block.pieces == 1 and 7 in columns.prompts and 1 not in columns.answers
+    assert columns.files.held_bytes == 8 and 7 in columns.prompts and 1 not in columns.answers
     columns.drop([2], [7])
-    assert not columns.prompts and not columns.answers and columns.blocks.bytes_in_memory == 0
+    assert not columns.prompts and not columns.answers and columns.files.held_bytes == 0
 
 
-def test_nobody_adds_to_a_rollout_that_is_gone():
-    columns, block = filled()
+def test_nobody_adds_to_a_rollout_that_is_gone(columns):
     columns.drop([1], [])
     with pytest.raises(KeyError):
-        columns.append(1, Piece(block, 100, 124, 1, 0))
+        columns.append(1, Piece(1, 100, 124, 1, 0))
+    assert columns.files.held_bytes == 8
 
 
 @settings(deadline=None)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from asyncrl.buffer import base
-from asyncrl.buffer.blocks import Blocks, Piece
 from asyncrl.buffer.book import Book
 from asyncrl.buffer.columns import Columns
 from asyncrl.buffer.columns import Prompt as Asked
@@ -20,18 +19,19 @@ from asyncrl.buffer.ledger import Ledger, Prompt
 from asyncrl.buffer.records import LedgerSettings
 from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
+from asyncrl.buffer.token_files import Piece, TokenFiles
 
 FRESH = 1 << 60
 HELD = (State.LEASED, State.COMPLETE)
 
 
 def no_columns():
-    return Columns(Blocks(0, lambda generation: Path("nowhere")))
+    return Columns(TokenFiles(0, lambda generation: Path("nowhere")))
 
 
 def append_piece(columns, rollout_id, version, tokens):
     """Tokens that lie anywhere: the ledger knows how many there are, and the pieces say so too."""
-    columns.append(rollout_id, Piece(columns.blocks.on_disk(1, 8 * tokens), 0, 0, tokens, version))
+    columns.append(rollout_id, Piece(1, 0, 0, tokens, version))
 
 
 def age(group):
@@ -403,7 +403,7 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             book, columns = self.ledger.book, self.columns
         state = base.decode(base.encode(base.dump(book, columns, 1, [], 0)))
-        book, self.columns = base.load(state, self.settings, no_columns().blocks, self.now)
+        book, self.columns = base.load(state, self.settings, no_columns().files, self.now)
         book.frontier = self.ledger.book.frontier
         self.ledger = Ledger(self.settings, book)
 

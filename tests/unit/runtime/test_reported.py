@@ -35,13 +35,12 @@ def test_the_buffer_s_report_becomes_facts(tmp_path):
         quarantined=2,
         lengths={10: 9, 100: 1},
         dropped_lengths={100: 1},
-        bytes_in_memory=5,
-        bytes_spilled=7,
+        held_bytes=5,
         capacity_groups=3,
         held_groups=1,
     )
     facts = buffer_facts(found, recoveries=4)
-    assert (facts.quarantined_prompts, facts.bytes_in_memory, facts.bytes_spilled) == (2, 5, 7)
+    assert (facts.quarantined_prompts, facts.held_bytes) == (2, 5)
     assert facts.drops_by_length_decile == [0] * 9 + [1] and facts.capacity_groups == 4
     assert facts.recoveries == 4 and facts.memory_bytes == found.memory_bytes > 0
     assert buffer_facts(report(tmp_path), 0).drops_by_length_decile == []

@@ -187,15 +187,14 @@ def test_the_panel_says_what_a_person_asks(run_facts, width):
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_the_panel_shows_what_the_buffer_holds_and_what_became_of_it(snapshot_facts, width):
-    quiet = BufferFacts(bytes_in_memory=1536 * 1024, memory_bytes=2**31)
-    loud = msgspec.structs.replace(quiet, bytes_spilled=3 * 2**20, quarantined_prompts=2, recoveries=1)
+    quiet = BufferFacts(held_bytes=1536 * 1024, memory_bytes=2**31)
+    loud = msgspec.structs.replace(quiet, quarantined_prompts=2, recoveries=1)
     (line,), (full,) = (
         [line for line in rendered(with_snapshot(Screen(run="r", bound=1), now), width) if "memory" in line]
         for now in (snapshot_facts(50.0, step=7, buffer=buffer) for buffer in (quiet, loud))
     )
-    assert "1.5 MiB of 2.0 GiB" in line and "disk" not in line
-    assert "1.5 MiB of 2.0 GiB  on disk 3.0 MiB" in full
-    assert ("quarantined prompts 2  restarts 1" in full) == (width == 120)
+    assert "1.5 MiB of 2.0 GiB" in line and "quarantined" not in line
+    assert "quarantined prompts 2  restarts 1" in full
 
 
 def test_many_engines_are_shown_by_pool(snapshot_facts):
