@@ -151,7 +151,7 @@ class BufferService:
         try:
             request = _decode(header)
             body = self._body(address, request, frames)
-            if isinstance(request, wire.Waits):
+            if isinstance(request, (wire.Lease, wire.ReadBatch, wire.Capacity, wire.Admit)):
                 self._waiting.put((address, request_id), request, body, self._clock())
             else:
                 self._reply(address, request_id, self._answer(address, request, body))

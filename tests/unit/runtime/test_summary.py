@@ -255,7 +255,7 @@ def test_what_the_buffer_was_asked_to_bear(run_facts):
 
 def test_a_quiet_buffer_takes_one_line_of_the_summary(run_facts):
     text = shown(summary_of(run_facts(5)), terminal=False)
-    assert "buffer memory        at most" in text and "on disk" not in text
+    assert "tokens held          at most" in text
     for word in ("dropped by length", "quarantined", "buffer restarts"):
         assert word not in text
 

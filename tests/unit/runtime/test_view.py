@@ -194,7 +194,8 @@ def test_the_panel_shows_what_the_buffer_holds_and_what_became_of_it(snapshot_fa
         for now in (snapshot_facts(50.0, step=7, buffer=buffer) for buffer in (quiet, loud))
     )
     assert "1.5 MiB of 2.0 GiB" in line and "quarantined" not in line
-    assert "quarantined prompts 2  restarts 1" in full
+    assert "1.5 MiB of 2.0 GiB  quarantined" in full
+    assert ("quarantined prompts 2  restarts 1" in full) == (width == 120)
 
 
 def test_many_engines_are_shown_by_pool(snapshot_facts):
