@@ -212,6 +212,8 @@ class Connection:
         self._timer = None
         if not self.asked or self._loop is None:
             return
+        # First of all: whatever is thrown below, the others' deadlines are looked at again.
+        self._timer = self._loop.call_later(_LOOK_S, self._look)
         now = self._loop.time()
         for asked in list(self.asked.values()):
             if asked.answer.done():
@@ -222,7 +224,6 @@ class Connection:
                 asked.again_at = now + ask_again_in(asked.due - now)
                 logger.info("%s to %s: asking again", type(asked.request).__name__, self.endpoint)
                 self._send(asked.frames)
-        self._timer = self._loop.call_later(_LOOK_S, self._look)
 
     def _send(self, frames: Frames) -> None:
         try:

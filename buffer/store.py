@@ -65,7 +65,7 @@ class Store:
         try:
             self._begin()
         except BaseException:
-            os.close(self._lock)
+            self._unlock()
             raise
 
     def _begin(self) -> None:
@@ -247,6 +247,11 @@ class Store:
 
     def close(self) -> None:
         self.log.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        # By name: a child that is just being started has this descriptor too, until it runs its program.
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
         os.close(self._lock)
 
 

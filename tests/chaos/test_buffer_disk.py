@@ -192,7 +192,7 @@ def _refused_by_name(buffer):
             wire.Snapshot(step=1, keep=[]),
             wire.EngineLost(engine_id="x"),
             wire.Lease(engine_id="x", limit=1, after=0, timeout_s=0.1),
-            wire.ReadBatch(after=0, timeout_s=0.1),
+            wire.ReadBatch(after=0, timeout_s=0.1, from_files=True),
         ):
             answer = client.ask(request)
             assert isinstance(answer, wire.Problem) and answer.kind == DiskFull.__name__, (request, answer)

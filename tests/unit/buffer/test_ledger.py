@@ -2,9 +2,10 @@
 
 import pytest
 
+from asyncrl.buffer.config import BufferConfig, StalenessConfig
 from asyncrl.buffer.errors import BadRequest, ConservationError, LeaseLost
 from asyncrl.buffer.ledger import Ledger, Prompt
-from asyncrl.buffer.records import LedgerSettings, share
+from asyncrl.buffer.records import LedgerSettings, ledger_settings, share
 from asyncrl.buffer.schema import State
 
 
@@ -119,6 +120,19 @@ def test_the_shards_parts_make_the_batch():
     assert [share(7, shard, 3) for shard in range(3)] == [3, 2, 2]
 
 
+def test_more_shards_than_groups_of_a_batch_are_refused():
+    """A shard without a part in the batches would never hand one over, and the reader wait for it without end."""
+
+    def settings(shards):
+        return ledger_settings(BufferConfig(shards=shards), StalenessConfig(), 3, 2, shard=shards - 1)
+
+    assert [settings(shards).prompts_per_step for shards in (1, 2, 3)] == [3, 1, 1]
+    with pytest.raises(
+        ValueError, match=r"shards is 4 and prompts_per_step is 3: .* Set shards to 3 or less"
+    ):
+        settings(4)
+
+
 # ---- leases --------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +166,22 @@ def test_a_heartbeat_keeps_a_lease():
     ledger.heartbeat("b", now=15.0)
     assert ledger.expire(now=18.9) == []
     assert len(ledger.expire(now=19.0)) == 1
+
+
+def test_a_heartbeat_of_an_engine_that_never_leased_leaves_no_record():
+    """Whoever has the keys could fill the memory with names."""
+    ledger = make()
+    for n in range(1000):
+        ledger.heartbeat(f"engine-{n}", now=1.0)
+    assert not ledger.book.engines
+    admit(ledger, 1)
+    first, second = ledger.lease("a", 1, now=2.0) + ledger.lease("b", 1, now=2.0)
+    assert {*ledger.book.engines} == {"a", "b"}
+    ledger.heartbeat("a", now=8.0)
+    ledger.heartbeat("c", now=8.0)
+    assert ledger.expire(now=12.0) == [second]
+    assert ledger.expire(now=17.9) == [] and ledger.expire(now=18.0) == [first]
+    assert {*ledger.book.engines} == {"a", "b"}
 
 
 def test_an_append_keeps_its_own_lease_alone():

@@ -11,7 +11,15 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from asyncrl.buffer import BlockingBufferClient, BufferAddress, BufferClient, PromptRow, connection, wire
+from asyncrl.buffer import (
+    BlockingBufferClient,
+    BufferAddress,
+    BufferClient,
+    PromptRow,
+    connection,
+    waiting,
+    wire,
+)
 from asyncrl.buffer.arena import Arena, Region
 from asyncrl.buffer.columns import slices
 from asyncrl.buffer.errors import ArenaUnknown, BadRequest
@@ -243,6 +251,49 @@ def test_an_admission_that_a_snapshot_holds_up_ends_at_its_deadline_by_name(worl
 
     talk(buffer, frozen)
     assert reader.status().counts.admitted == 2
+
+
+def test_what_waits_when_the_buffer_stops_is_answered(world):
+    """An admission that a snapshot held up was told that the snapshot had lasted all the time."""
+    buffer, reader = world
+
+    async def wait(client):
+        for shard in range(client.shards):
+            await client.ask(shard, wire.Freeze(seconds=60.0))
+        waiting = (
+            wire.Lease(engine_id="e", limit=1, after=0, timeout_s=20.0),
+            wire.ReadBatch(after=0, timeout_s=20.0, from_files=False),
+            wire.Capacity(timeout_s=20.0),
+        )
+        asked = [asyncio.create_task(client.ask(0, request, timeout_s=20.0)) for request in waiting]
+        admission = asyncio.create_task(client.admit(0, prompts(1), timeout_s=20.0))
+        await asyncio.sleep(0.2)
+        assert not any(task.done() for task in (*asked, admission))
+        await asyncio.to_thread(reader.stop)
+        async with asyncio.timeout(5):
+            with pytest.raises(BadRequest, match="nothing was admitted: the buffer is stopping"):
+                await admission
+            answers = [await task for task in asked]
+        assert answers == [wire.Leases(rollouts=[]), wire.Number(value=0), wire.Number(value=0)]
+
+    talk(buffer, wait)
+    for thread in buffer.threads:
+        thread.join(10)
+
+
+def test_more_waiting_requests_than_there_is_room_for_are_refused_by_name(world, monkeypatch):
+    monkeypatch.setattr(waiting, "MOST_WAITING", 3)
+    buffer, _ = world
+    with RawClient(buffer.address.endpoints[0], buffer.client_keys) as client:
+        read = wire.ReadBatch(after=0, timeout_s=20.0, from_files=False)
+        sent = [client.send_request(read) for _ in range(3)]
+        refused = client.ask(wire.Lease(engine_id="e", limit=1, after=0, timeout_s=20.0))
+        assert (
+            refused.kind == BadRequest.__name__ and "3 requests wait at this shard already" in refused.message
+        )
+        assert isinstance(client.ask(wire.Status()), wire.Report)
+        client.send_request(read, request_id=sent[0])  # the same once more takes no more room
+        assert client.receive(0.2) is None
 
 
 # ---- engines that are lost -------------------------------------------------------------------------------------------------

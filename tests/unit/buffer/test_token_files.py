@@ -1,9 +1,13 @@
 """Where tokens lie: in the log's files, of which so many bytes are held as live rollouts need."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from asyncrl.buffer.token_files import Piece, TokenFiles
+
+MAPS = Path("/proc/self/maps")
 
 
 class Written:
@@ -94,9 +98,9 @@ def test_a_file_that_is_forgotten_is_not_mapped_any_more(tmp_path):
     written.reads(two, 5)
     (tmp_path / "1").unlink()
     mapped = (tmp_path / "1").as_posix()
-    assert mapped in open("/proc/self/maps").read()
+    assert mapped in MAPS.read_text()
     written.files.forget_file(1)
-    assert mapped not in open("/proc/self/maps").read()
+    assert mapped not in MAPS.read_text()
     written.files.forget_file(7)  # never was
     written.reads(two, 5)
 
