@@ -156,12 +156,15 @@ def _dump_rollouts(rollouts: list[Rollout], answers: list[list[Piece]]) -> Rollo
 
 
 def _dump_pieces(pieces: list[Piece]) -> PieceColumns:
+    # Transposed at once: there may be a million, and the shard's loop stands still meanwhile.
+    columns: list[list[int]] = [list(c) for c in zip(*pieces, strict=True)] or [[] for _ in Piece._fields]
+    generations, tokens_at, logprobs_at, lengths, versions = columns
     return PieceColumns(
-        generations=[p.generation for p in pieces],
-        tokens_at=[p.tokens_at for p in pieces],
-        logprobs_at=[p.logprobs_at for p in pieces],
-        lengths=[p.length for p in pieces],
-        versions=[p.version for p in pieces],
+        generations=generations,
+        tokens_at=tokens_at,
+        logprobs_at=logprobs_at,
+        lengths=lengths,
+        versions=versions,
     )
 
 
