@@ -6,8 +6,7 @@
 
 `speed`: the workload and the rivals of `buffer_rivals`, and beside them the buffer with everything on: its service as a process
 of its own, CURVE, ledger, log on disk (`durability = "os"`), admission, lease, append, score, read and commit of every
-rollout, through the library's own clients. `account`: the same, with the service under cProfile: microseconds per rollout
-by what they were spent on. `engines`: so many clients of one buffer process, each with so many rollouts under way, on fake
+rollout, through the library's own clients. `account`: the same, and what the CPU time of a rollout was spent on. `engines`: so many clients of one buffer process, each with so many rollouts under way, on fake
 engines that only sleep: latency of leases, segments per second, memory.
 """
 
@@ -24,7 +23,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import reduce
 from pathlib import Path
 from typing import Final
 
@@ -85,11 +83,12 @@ class AsyncrlBuffer(rivals.Rival):
     name = "asyncrl buffer"
     config = BufferConfig()
     profile = ""
+    stages: tuple[str, ...] = ()
 
     def open(self, resources: ExitStack) -> None:
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="bench-buffer-")))
         prompts_per_step = self.workload.batch // GROUP
-        shards = Shards(folder, self.config, prompts_per_step, BOUND, self.profile)
+        shards = Shards(folder, self.config, prompts_per_step, BOUND, self.profile, self.stages)
         resources.callback(shards.close)
         self.address = shards.address
         client = BlockingBufferClient(self.address)
@@ -206,29 +205,61 @@ def speed(args: argparse.Namespace) -> dict[str, object]:
     return {"batch": args.batch, "rounds": args.rounds, "figures": rows, "not_installed": missing}
 
 
+STAGES: Final = (
+    "service.BufferService._take_requests",
+    "service.BufferService._serve_waiting",
+    "service.BufferService._settle",
+    "shard.Shard.seal",
+    "shard.Shard.commit",
+    "shard.Shard._admit",
+    "ledger.Ledger.lease",
+    "shard.Shard._leased",
+    "shard.Shard._append",
+    "shard.Shard._score",
+    "ledger.Ledger.select",
+    "shard.Shard._batch",
+    "shard.Shard.places",
+    "ledger.Ledger.commit",
+    "log.Log.segments",
+    "log.Log.states",
+    "log.Log.commit",
+    "columns.Columns.drop",
+    "service.BufferService._body",
+    "service.BufferService._reply",
+)
+"""The four stages of the service's loop, and what they call."""
+
+
 def account(args: argparse.Namespace) -> dict[str, object]:
-    """Own time of the service's functions, per rollout."""
-    with tempfile.NamedTemporaryFile(suffix=".prof") as file:
-        AsyncrlBuffer.profile = file.name
-        rivals.RIVALS[AsyncrlBuffer.name] = AsyncrlBuffer
-        workload = rivals.Workload(args.rollouts, args.push, args.batch, args.seed)
-        figures = rivals.run_rival(AsyncrlBuffer.name, workload)
-        stats = pstats.Stats(file.name)
+    """CPU microseconds per rollout: of each process, of the service's stages, and with `--functions` of its functions."""
+    rivals.RIVALS[AsyncrlBuffer.name] = AsyncrlBuffer
+    workload = rivals.Workload(args.rollouts, args.push, args.batch, args.seed)
+    plain = rivals.run_rival(AsyncrlBuffer.name, workload)
     warm = sum(len(push) for p in range(2) for push in rivals.warm_up(workload, p))
-    rollouts = args.rollouts + warm
-    rows = [
-        (Path(file).name, line, name, calls, own)
-        for (file, line, name), (_, calls, own, _, _) in stats.stats.items()  # type: ignore[attr-defined]
-    ]
-    rows.sort(key=operator.itemgetter(4), reverse=True)
-    drawn = Table("function", "calls per rollout", "own us per rollout")
-    for file, line, name, calls, own in rows[: args.top]:
-        drawn.add_row(f"{file}:{line} {name}"[:80], f"{calls / rollouts:.2f}", f"{1e6 * own / rollouts:.2f}")
-    total = reduce(operator.add, (own for *_, own in rows))
-    drawn.add_row("all (waiting and start included)", "", f"{1e6 * total / rollouts:.2f}")
+    by_role = {role: 1e6 * s / args.rollouts for role, s in plain.cpu_s_by_role.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        AsyncrlBuffer.profile = str(Path(folder) / "profile")
+        AsyncrlBuffer.stages = () if args.functions else STAGES
+        rivals.run_rival(AsyncrlBuffer.name, workload)
+        if args.functions:
+            stats = pstats.Stats(AsyncrlBuffer.profile).stats  # type: ignore[attr-defined]
+            spent = {
+                f"{Path(f).name}:{line} {name}": own for (f, line, name), (_, _, own, _, _) in stats.items()
+            }
+        else:
+            spent = json.loads(Path(AsyncrlBuffer.profile).read_text())
+    spent = {name: 1e6 * s / (args.rollouts + warm) for name, s in spent.items()}
+    drawn = Table("of", "CPU us per rollout")
+    for name, each in by_role.items():
+        drawn.add_row(name, f"{each:.1f}")
+    drawn.add_section()
+    for name, each in sorted(spent.items(), key=operator.itemgetter(1), reverse=True)[: args.top]:
+        drawn.add_row(name[:80], f"{each:.2f}")
     rich.print(drawn)
-    print(f"with the profiler on: {figures.rollouts_per_s:,.0f} rollouts/s")
-    return {"push": args.push, "rows": rows[: args.top]}
+    print(
+        f"{plain.rollouts_per_s:,.0f} rollouts/s at pushes of {args.push}; the stages were timed in a second run"
+    )
+    return {"push": args.push, "rollouts_per_s": plain.rollouts_per_s, "roles": by_role, "service": spent}
 
 
 def main() -> None:
@@ -246,6 +277,9 @@ def main() -> None:
     costs = commands.add_parser("account")
     costs.add_argument("--push", type=int, default=8)
     costs.add_argument("--top", type=int, default=40)
+    costs.add_argument(
+        "--functions", action="store_true", help="by function, under cProfile, which slows it down"
+    )
     for each in (fast, costs):
         each.add_argument("--rollouts", type=int, default=8192)
         each.add_argument("--batch", type=int, default=256)

@@ -170,11 +170,14 @@ class Figures:
     mb_per_s: float
     cpu_s: float
     """Of all processes, servers included, while the clock ran."""
+    cpu_s_by_role: dict[str, float]
     mb_per_cpu_s: float
     sums: Sums
 
 
-def make_figures(name: str, workload: Workload, seconds: float, cpu_s: float, sums: Sums) -> Figures:
+def make_figures(
+    name: str, workload: Workload, seconds: float, cpu_s: dict[str, float], sums: Sums
+) -> Figures:
     """Raises `RivalError` unless every rollout arrived once and whole."""
     if sums != (sent := expected_sums(workload)):
         raise RivalError(f"{name}, pushes of {workload.push}: expected the sums sent, {sent}, got {sums}")
@@ -184,8 +187,9 @@ def make_figures(name: str, workload: Workload, seconds: float, cpu_s: float, su
         seconds=seconds,
         rollouts_per_s=sums.rollouts / seconds,
         mb_per_s=sums.megabytes / seconds,
-        cpu_s=cpu_s,
-        mb_per_cpu_s=sums.megabytes / cpu_s,
+        cpu_s=sum(cpu_s.values()),
+        cpu_s_by_role=cpu_s,
+        mb_per_cpu_s=sums.megabytes / sum(cpu_s.values()),
         sums=sums,
     )
 
@@ -671,6 +675,7 @@ RIVALS: Final[dict[str, type[Rival]]] = {
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one worker, over its pipe."""
 
+    role: str
     cpu_s: float
     seconds: float = 0.0
     sums: Sums = Sums()
@@ -708,7 +713,7 @@ def produce(rival: Rival, producer: int, pipe: Connection, go: Event, done: Even
         # Threads of this process may still send, and objects may still lie in its memory.
         if not done.wait(RUN_S):
             raise TimeoutError(f"producer {producer}: the consumer was not done within {RUN_S:.0f} s")
-        pipe.send_bytes(msgspec.msgpack.encode(Report(time.process_time() - used)))
+        pipe.send_bytes(msgspec.msgpack.encode(Report(f"producer {producer}", time.process_time() - used)))
 
 
 def consume(rival: Rival, pipe: Connection, go: Event, done: Event) -> None:
@@ -721,7 +726,7 @@ def consume(rival: Rival, pipe: Connection, go: Event, done: Event) -> None:
         sums = read_all(receive, workload, workload.rollouts)
         seconds, used = time.monotonic() - began, time.process_time() - used
         done.set()
-        pipe.send_bytes(msgspec.msgpack.encode(Report(used, seconds, sums)))
+        pipe.send_bytes(msgspec.msgpack.encode(Report("consumer", used, seconds, sums)))
 
 
 def warm_up(workload: Workload, producer: int) -> list[list[Rollout]]:
@@ -812,7 +817,9 @@ def run_memcpy(workload: Workload) -> Figures:
     sums, began, used = Sums(), time.monotonic(), time.process_time()
     for rollouts in sent:
         sums += touch(read_slot(area[: write_slot(area, rollouts)]))
-    return make_figures("memcpy", workload, time.monotonic() - began, time.process_time() - used, sums)
+    return make_figures(
+        "memcpy", workload, time.monotonic() - began, {"consumer": time.process_time() - used}, sums
+    )
 
 
 def run_rival(name: str, workload: Workload) -> Figures:
@@ -829,7 +836,7 @@ def run_rival(name: str, workload: Workload) -> Figures:
         reports = [msgspec.msgpack.decode(m, type=Report) for m in gather(workers, name, "a report", RUN_S)]
         servers_s = servers_cpu_s(workers) - servers_s
     consumer = max(reports, key=lambda report: report.seconds)
-    cpu_s = servers_s + sum(report.cpu_s for report in reports)
+    cpu_s = {"servers": servers_s, **{report.role: report.cpu_s for report in reports}}
     return make_figures(name, workload, consumer.seconds, cpu_s, consumer.sums)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,27 @@ from asyncrl.buffer.process import ProcessConfig
 
 GROUP: Final = 8
 """Rollouts per prompt."""
+STAGED: Final = """
+import importlib, json, sys, time
+from asyncrl.buffer import process
+spent = {}
+def timed(owner, name, label):
+    inner = getattr(owner, name)
+    def outer(*arguments, **named):
+        began = time.thread_time()
+        try:
+            return inner(*arguments, **named)
+        finally:
+            spent[label] = spent.get(label, 0.0) + time.thread_time() - began
+    setattr(owner, name, outer)
+for stage in json.loads(sys.argv[3]):
+    module, owner, name = stage.split(".")
+    timed(getattr(importlib.import_module("asyncrl.buffer." + module), owner), name, stage)
+process.main(sys.argv[1])
+with open(sys.argv[2], "w") as file:
+    json.dump(spent, file)
+"""
+"""A service that adds up the CPU time of some of its methods (`module.Class.method`, callers and called alike)."""
 PROFILED: Final = """
 import cProfile, sys, time
 from asyncrl.buffer import process
@@ -35,10 +58,17 @@ _START_S, _END_S = 60.0, 20.0
 
 
 class Shards:
-    """Services in `folder`; `close` ends them. With `profile` the first one writes what cProfile saw to that file."""
+    """Services in `folder`; `close` ends them. With `profile` they write to that file what cProfile saw, or what
+    the `stages` took."""
 
     def __init__(
-        self, folder: Path, config: BufferConfig, prompts_per_step: int, bound: int, profile: str = ""
+        self,
+        folder: Path,
+        config: BufferConfig,
+        prompts_per_step: int,
+        bound: int,
+        profile: str = "",
+        stages: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         _, client_keys = make_keys(folder / "keys")
@@ -55,11 +85,9 @@ class Shards:
             )
             path = folder / f"process-{shard}.json"
             path.write_bytes(msgspec.json.encode(process))
-            code = (
-                ["-c", PROFILED, str(path), profile]
-                if profile
-                else ["-m", "asyncrl.buffer.process", str(path)]
-            )
+            code = ["-m", "asyncrl.buffer.process", str(path)]
+            if profile:
+                code = ["-c", STAGED if stages else PROFILED, str(path), profile, json.dumps(list(stages))]
             with (folder / f"log-{shard}").open("wb") as log:
                 self.processes.append(subprocess.Popen([sys.executable, "-P", *code], stderr=log))
         endpoints = tuple(self._endpoint(shard) for shard in range(config.shards))
