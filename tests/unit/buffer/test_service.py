@@ -663,6 +663,66 @@ def test_what_is_sent_twice_is_done_once(tmp_path):
         assert life.count("TRAINED") == 0  # the restore moved it aside
 
 
+# ---- snapshots -----------------------------------------------------------------------------------------------------------
+
+
+async def _generate_at(buffer, version):
+    async with BufferClient(buffer.address) as client:
+        await generate(client, version=version)
+
+
+def _train(buffer, reader, prompts_wanted=3):
+    """Admits, generates, reads and commits one batch; returns its prompts."""
+    asyncio.run(admit(buffer.address, prompts_wanted))
+    version = reader.status().version
+    asyncio.run(_generate_at(buffer, version))
+    selection, rows = reader.read_batch(5.0)
+    reader.commit(selection.batch_ids, selection.version + 1)
+    return sorted(prompt.tolist() for prompt in slices(rows["prompt_tokens"]))
+
+
+def test_after_a_restore_the_same_prompts_are_trained_again_and_no_others(world):
+    """Over all shards: what was committed after the snapshot comes again, what was before it does not."""
+    buffer, reader = world
+    first = _train(buffer, reader)
+    taken = reader.snapshot(1)
+    assert (taken.step, taken.version, taken.frontier) == (1, 1, 3)
+    second, third = _train(buffer, reader), _train(buffer, reader)
+    assert len({*map(tuple, first), *map(tuple, second), *map(tuple, third)}) == 9
+    back = reader.restore(1)
+    assert (back.version, back.frontier) == (1, 3) and not reader.status().serving
+    assert reader.status().counts.trained == 6 and reader.read_batch(0.1) is None
+    reader.publish(1)
+    assert [_train(buffer, reader), _train(buffer, reader)] == [second, third]
+    assert reader.status().counts.trained == 18
+
+
+def test_a_snapshot_keeps_what_was_half_generated(world):
+    """A partial rollout goes on from the tokens that it had at the snapshot, under a lease of its own."""
+    buffer, reader = world
+    asyncio.run(admit(buffer.address, 3))
+
+    async def begin(client):
+        lease = await lease_one(client)
+        assert await client.append("e", [part(lease.rollout_id, lease.lease_id, 0, 3)]) == []
+        return lease
+
+    async def go_on(client, before):
+        assert await client.append("e", [part(before.rollout_id, before.lease_id, 3, 1)]) == [
+            before.rollout_id
+        ]
+        again = next(
+            lease for lease in await _lease_all(client, "f") if lease.rollout_id == before.rollout_id
+        )
+        assert len(again.tokens) == 4 * 3 and again.lease_id > before.lease_id
+
+    before = talk(buffer, begin)
+    reader.snapshot(0)
+    reader.restore(0)
+    reader.publish(0)
+    talk(buffer, go_on, before)
+
+
 def _ask_again_soon(monkeypatch):
     monkeypatch.setattr(connection, "_ASK_AGAIN_S", 0.3)
     monkeypatch.setattr(connection, "_ASK_WAITING_S", 0.2)
