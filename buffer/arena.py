@@ -167,7 +167,7 @@ class Arena(_Mapping):
                 fd=self._descriptor,
                 size_bytes=size_bytes,
                 token=int.from_bytes(token, "little"),
-                boot_id=_boot_id(),
+                boot_id=boot_id(),
             )
         except BaseException:
             os.close(self._descriptor)
@@ -199,7 +199,7 @@ class AttachedArena(_Mapping):
     def __init__(self, location: ArenaLocation) -> None:
         """Raises ArenaRefused."""
         self.location: Final = location
-        here = _boot_id()
+        here = boot_id()
         if location.boot_id != here:
             raise _refused(
                 location, f"it is on another host: expected boot id {here}, got {location.boot_id}"
@@ -250,5 +250,6 @@ def _refused(location: ArenaLocation, reason: str) -> ArenaRefused:
     )
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Of this host, since it was started."""
     return _BOOT_ID.read_text().strip()

@@ -187,7 +187,7 @@ def strings(values: Sequence[str]) -> Strings:
     return Strings(offsets_of(list(map(len, encoded))), [b"".join(encoded)])
 
 
-def offsets_of(lengths: Sequence[int]) -> np.ndarray:
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """int32 [rows + 1]"""
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])

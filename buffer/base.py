@@ -261,7 +261,7 @@ def _load_groups(g: GroupColumns, columns: Columns, rollouts: list[Rollout]) -> 
         g.group_ids, g.prompt_ids, g.positions, g.batch_ids, g.prompts, g.payloads, g.sizes, strict=True
     )
     for group_id, prompt_id, position, batch_id, tokens, payload, size in fields:
-        prompt = Prompt(prompt_id, np.frombuffer(tokens, np.int32), payload, position)
+        prompt = Prompt(np.frombuffer(tokens, np.int32), payload)
         columns.prompts[group_id] = prompt
         members = {r.rollout_id: r for r in itertools.islice(left, size)}
         yield Group(group_id, prompt_id, position, members, batch_id=batch_id)

@@ -202,6 +202,10 @@ class Book:
         elif rollout.spans and not group.batch_id:
             self.find_age(group)  # its tokens are in no batch any more
 
+    def drop_group(self, group: Group, reason: str) -> None:
+        for rollout in list(group.rollouts.values()):
+            self.close(rollout, State.DROPPED, reason)
+
     def train(self, rollouts: Sequence[Rollout]) -> None:
         """The end of rollouts that were handed over."""
         for rollout in rollouts:

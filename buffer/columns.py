@@ -13,23 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from asyncrl.buffer.arrow_message import offsets_of
 from asyncrl.buffer.token_files import Piece, TokenFiles
 
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
-    prompt_id: str
+    """What engines get of it. Its id and position are its group's."""
+
     tokens: np.ndarray  # int32 [prompt]
     payload: str
-    position: int
 
 
 def list_array(parts: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
     """One Arrow list per part. The values are copied once, into one array."""
-    offsets = np.zeros(len(parts) + 1, dtype=np.int32)
-    np.cumsum([len(p) for p in parts], out=offsets[1:])
     flat = np.concatenate(parts) if parts else np.empty(0)
-    return flat_lists(offsets, flat, kind)
+    return flat_lists(offsets_of([len(p) for p in parts]), flat, kind)
 
 
 def flat_lists(offsets: np.ndarray, flat: np.ndarray, kind: pa.ListType) -> pa.ListArray:
@@ -82,13 +81,3 @@ class Columns:
     def tokens(self, rollout_id: int) -> bytes:
         """The answer so far, as int32."""
         return b"".join(self.files.tokens(p).tobytes() for p in self.answers[rollout_id])
-
-    def copy(self, rollout_ids: Iterable[int], tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """The answers, one behind the other, into flat columns of their length."""
-        at, files, answers = 0, self.files, self.answers
-        for rollout_id in rollout_ids:
-            for piece in answers[rollout_id]:
-                end = at + piece.length
-                tokens[at:end] = files.tokens(piece)
-                logprobs[at:end] = files.logprobs(piece)
-                at = end

@@ -35,9 +35,11 @@ logger = logging.getLogger(__name__)
 GRACE_S = 60.0
 """How much longer than a request's own waiting time its answer may take: a restart of the service fits in."""
 _ASK_AGAIN_S = 2.0
-_LOOK_S = 0.25
 """After the time at which the answer was due."""
 _ASK_WAITING_S = 8.0
+"""The most of a request's own waiting time that is waited for before it is asked again."""
+_LOOK_S = 0.25
+"""How often an asynchronous connection looks for requests that have waited long enough."""
 _DISK_FULL_S = 900.0
 _DISK_FULL_PAUSE_S = 1.0
 _ERRORS: dict[str, type[BufferFault]] = {e.__name__: e for e in (LeaseLost, DiskFull, ArenaUnknown)}

@@ -11,18 +11,18 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
+from asyncrl.buffer.arena import boot_id
+from asyncrl.buffer.arrow_message import offsets_of
 from asyncrl.buffer.columns import Columns, flat_lists, list_array
 from asyncrl.buffer.errors import BadRequest, BufferFault
 from asyncrl.buffer.records import Rollout
 from asyncrl.buffer.schema import BATCH, FLAGS, LOGPROBS, TOKENS
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+from asyncrl.buffer.token_files import TOKEN_BYTES, Piece, TokenFiles
 
 
 class FilesUnreadable(BufferFault):
@@ -62,14 +62,11 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     logprobs_at: list[int]
 
 
-def boot_id() -> str:
-    """Of this host, since it was started."""
-    return _BOOT_ID.read_text().strip()
-
-
-def lay_out(rollouts: Sequence[Rollout], columns: Columns, oldest_trainable_version: int) -> Layout:
+def lay_out(
+    rollouts: Sequence[Rollout], pieces: Sequence[Piece], columns: Columns, oldest_trainable_version: int
+) -> Layout:
+    """`pieces`: of all rollouts, in order."""
     groups = [(group, len(list(members))) for group, members in itertools.groupby(r.group for r in rollouts)]
-    pieces = [piece for r in rollouts for piece in columns.answers[r.rollout_id]]
     return Layout(
         group_ids=[group.group_id for group, _ in groups],
         group_sizes=[size for _, size in groups],
@@ -83,29 +80,38 @@ def lay_out(rollouts: Sequence[Rollout], columns: Columns, oldest_trainable_vers
     )
 
 
-def places(rollouts: Sequence[Rollout], columns: Columns, host: str) -> Places:
+def places(pieces: Sequence[Piece], files: TokenFiles, host: str) -> Places:
     """`host` is this host's `boot_id`."""
-    pieces = [piece for r in rollouts for piece in columns.answers[r.rollout_id]]
     generations = [piece.generation for piece in pieces]
-    files = {}
+    where = {}
     for generation in set(generations):
-        path = columns.files.path_of(generation).resolve()
+        path = files.path_of(generation).resolve()
         status = path.stat()
-        files[generation] = (str(path), status.st_dev, status.st_ino)
+        where[generation] = (str(path), status.st_dev, status.st_ino)
     return Places(
         boot_id=host,
-        files=files,
+        files=where,
         generations=generations,
         tokens_at=[piece.tokens_at for piece in pieces],
         logprobs_at=[piece.logprobs_at for piece in pieces],
     )
 
 
-def fill(body: memoryview, total: int, rollouts: Sequence[Rollout], columns: Columns) -> None:
-    """Puts `total` tokens and their logprobs into a body of 8 bytes for each."""
-    tokens = np.frombuffer(body, np.int32, total)
-    logprobs = np.frombuffer(body, np.float32, total, 4 * total)
-    columns.copy((r.rollout_id for r in rollouts), tokens, logprobs)
+def joined(pieces: Sequence[Piece], files: TokenFiles) -> memoryview:
+    """The body: all tokens, then all logprobs."""
+    total = sum(piece.length for piece in pieces)
+    body = memoryview(bytearray(TOKEN_BYTES * total))
+    tokens, logprobs, at = (
+        np.frombuffer(body, np.int32, total),
+        np.frombuffer(body, np.float32, total, 4 * total),
+        0,
+    )
+    for piece in pieces:
+        end = at + piece.length
+        tokens[at:end] = files.tokens(piece)
+        logprobs[at:end] = files.logprobs(piece)
+        at = end
+    return body
 
 
 def split(body: memoryview, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,8 +180,7 @@ def arrive(
 ) -> pa.RecordBatch:
     """`schema.BATCH` rows over tokens int32 and logprobs float32 of all rollouts, one behind the other."""
     versions = np.repeat(np.array(layout.piece_versions, np.int32), layout.piece_lengths)
-    offsets = np.zeros(len(rollout_ids) + 1, np.int32)
-    np.cumsum(layout.lengths, out=offsets[1:])
+    offsets = offsets_of(layout.lengths)
     by_group = [np.frombuffer(prompt, np.int32) for prompt in layout.prompts]
     prompts = [p for p, size in zip(by_group, layout.group_sizes, strict=True) for _ in range(size)]
     return pa.record_batch(

@@ -2,8 +2,8 @@
 bytes hash to.
 
 A commit counts when its record is whole, its number is the next, and the bytes that it names are there and hash to what
-it says; what is behind the last such record is a torn tail, or damage where later records are whole (`whole_behind`). Hashes are XXH3 (64 bits): they find torn and rotten
-bytes, not forged ones. Pure but for reading. Called by `log` and `recovery`.
+it says; what is behind the last such record is a torn tail, or damage where later records are whole (`whole_behind`).
+Hashes are XXH3 (64 bits): they find torn and rotten bytes, not forged ones. Pure. Called by `log` and `recovery`.
 """
 
 from __future__ import annotations

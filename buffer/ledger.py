@@ -1,5 +1,7 @@
 """Who holds which rollout, and what may happen to it next. Pure: facts in (with `now`), decisions out.
 
+Admission, leases and progress are decided here, batches in `batches`; `book` makes the changes, `accounts` recounts.
+
 Invariants, checked at every commit:
 - Each admitted rollout is live or in exactly one terminal state:
   admitted = trained + dropped(reason) + failed(reason) + live.
@@ -18,9 +20,10 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from asyncrl.buffer import staleness
+from asyncrl.buffer import accounts, staleness
+from asyncrl.buffer.batches import Batches
 from asyncrl.buffer.book import Book
-from asyncrl.buffer.errors import BadRequest, ConservationError, LeaseLost
+from asyncrl.buffer.errors import BadRequest, LeaseLost
 from asyncrl.buffer.records import (
     RETRY,
     Counts,
@@ -28,7 +31,6 @@ from asyncrl.buffer.records import (
     LedgerSettings,
     Rollout,
     Selection,
-    describe,
 )
 from asyncrl.buffer.rows import StateRows
 from asyncrl.buffer.schema import State
@@ -52,8 +54,7 @@ class Ledger:
     def __init__(self, settings: LedgerSettings, book: Book | None = None) -> None:
         self.settings = settings
         self.book = book or Book(settings)
-        self._nothing_to_read = False
-        """A read found no batch, and nothing has happened since that could make one."""
+        self._batches = Batches(self.book)
 
     @property
     def version(self) -> int:
@@ -155,12 +156,8 @@ class Ledger:
 
     def _next_batch(self) -> set[int]:
         """The groups that can make the next batch soonest: the most urgent B that were not handed over."""
-        fresh = 1 << 60
-        waiting = (
-            (fresh if g.oldest_version is None else g.oldest_version, g.group_id)
-            for g in self.book.groups.values()
-            if not g.batch_id
-        )
+        book = self.book
+        waiting = ((book.urgency(g), g.group_id) for g in book.groups.values() if not g.batch_id)
         return {group_id for _, group_id in heapq.nsmallest(self.settings.prompts_per_step, waiting)}
 
     def heartbeat(self, engine_id: str, now: float) -> None:
@@ -247,7 +244,7 @@ class Ledger:
             return False
         rollout = self._held(rollout_id, lease_id, (State.COMPLETE,))
         if book.score(rollout, reward):
-            self._nothing_to_read = False
+            self._batches.look_again()
             self._group_complete(rollout.group)
         return True
 
@@ -257,7 +254,7 @@ class Ledger:
                 self.book.close(rollout, State.DROPPED, "surplus")
         rewards = {r.reward for r in group.rollouts.values()}
         if self.settings.dynamic_sampling and len(rewards) == 1:
-            self._drop_group(group, "no reward spread")
+            self.book.drop_group(group, "no reward spread")
 
     def fail(self, rollout_id: int, lease_id: int, reason: str) -> bool:
         """The attempt came to nothing. True when the rollout is tried again, from its first token.
@@ -266,14 +263,14 @@ class Ledger:
         one poisoned prompt must not hold a batch.
         """
         rollout = self._held(rollout_id, lease_id, _HELD)
-        self._nothing_to_read = False  # a group that held the reader up may be gone
+        self._batches.look_again()  # a group that held the reader up may be gone
         if rollout.attempts + 1 < self.settings.max_attempts:
             self.book.requeue(rollout, reason + RETRY, rollout.attempts + 1)
             return True
         group = rollout.group
         self.book.close(rollout, State.FAILED, reason)
         if group.prompt_id in self.book.quarantined:
-            self._drop_group(group, "a rollout of its group failed")
+            self.book.drop_group(group, "a rollout of its group failed")
         return False
 
     # ---- batches -----------------------------------------------------------------------------------------------
@@ -283,83 +280,13 @@ class Ledger:
 
         `after`: the last batch that the reader got. One that was handed over since did not reach it: it comes again.
         """
-        if not self.book.serving:
-            return None
-        if after is not None:
-            lost = [b for b in self.book.batches if b > after]
-            if lost:
-                return self._describe(min(lost))
-        if self._nothing_to_read:
-            return None
-        chosen = self._choose()
-        if chosen is None:
-            self._nothing_to_read = True
-            return None
-        batch_id = self.book.next_batch
-        self.book.batch(chosen, batch_id)
-        return self._describe(batch_id)
-
-    def _describe(self, batch_id: int) -> Selection:
-        return describe(
-            batch_id, self.version, self.book.batches[batch_id], self.settings.max_staleness_versions
-        )
-
-    def _choose(self) -> list[Group] | None:
-        ready, chosen = self.book.ready, list[Group]()
-        while ready and len(chosen) < self.settings.prompts_per_step:
-            oldest_version, group_id = heapq.heappop(ready)
-            group = self.book.groups.get(group_id)
-            if group is None or group.batch_id or group.oldest_version != oldest_version:
-                continue
-            if self._is_over_stale(group):
-                self._drop_group(group, "over_stale")
-                continue
-            chosen.append(group)
-        if len(chosen) == self.settings.prompts_per_step and self._may_leave(chosen):
-            return chosen
-        for group in chosen:
-            assert group.oldest_version is not None
-            heapq.heappush(ready, (group.oldest_version, group.group_id))
-        return None
-
-    def _is_over_stale(self, group: Group) -> bool:
-        bound = self.settings.max_staleness_versions
-        assert group.oldest_version is not None
-        if self.settings.over_stale == "drop":
-            return staleness.deadline(group.oldest_version, bound) < self.version
-        return not staleness.is_trainable(self.version, min(group.newest_version, self.version), bound)
-
-    def _may_leave(self, chosen: Sequence[Group]) -> bool:
-        if self.settings.over_stale != "wait":
-            return True
-        bound = self.settings.max_staleness_versions
-        due = {staleness.deadline(age, bound): count for age, count in self.book.ages.items()}
-        for group in chosen:
-            assert group.oldest_version is not None
-            due[staleness.deadline(group.oldest_version, bound)] -= 1
-        last = chosen[-1].oldest_version
-        assert last is not None
-        # Where the most urgent groups of all are chosen no later batch could be a better one.
-        if all(not left or d >= staleness.deadline(last, bound) for d, left in due.items()):
-            return True
-        return staleness.may_hand_over(self.version, due, self.settings.prompts_per_step)
+        return self._batches.select(after)
 
     def commit(self, batch_id: int, version: int) -> Counts:
-        """The batch was trained and `version` published. Raises ConservationError if the equation does not hold."""
-        book = self.book
-        if version == book.version and 0 < batch_id < book.next_batch and batch_id not in book.batches:
-            return self.check()  # the same commit once more
-        if version != book.version + 1:
-            raise BadRequest(
-                f"commit of batch {batch_id} publishes version {version}, expected {book.version + 1}"
-            )
-        groups = book.batches.get(batch_id)
-        if groups is None:
-            raise BadRequest(f"batch {batch_id} is not handed over (open: {sorted(book.batches)})")
-        book.version = version
-        book.train([r for g in groups for r in g.rollouts.values()])
-        self._nothing_to_read = False
-        return self.check(every_rollout=version % _RECOUNT_EVERY == 0)
+        """The batch was trained and `version` published. Raises BadRequest, or ConservationError if the equation does not
+        hold."""
+        again = self._batches.commit(batch_id, version)
+        return self.check(every_rollout=again or version % _RECOUNT_EVERY == 0)
 
     def publish(self, version: int) -> None:
         """The engines confirmed `version`, at the start of a run or after a restore: prompts and leases may go out."""
@@ -371,7 +298,7 @@ class Ledger:
                 f"version {version} published outside a commit; present version is {book.version}"
             )
         book.publish(version)
-        self._nothing_to_read = False
+        self._batches.look_again()
 
     def note_restored(self) -> None:
         """After a restore: for whoever reads the log, those whose leases ended with the time that was abandoned."""
@@ -383,36 +310,16 @@ class Ledger:
         """After a restore: prompts that were found to be bad later on are not tried again."""
         for group in list(self.book.groups.values()):
             if group.prompt_id in self.book.quarantined and not group.batch_id:
-                self._drop_group(group, "prompt is quarantined")
+                self.book.drop_group(group, "prompt is quarantined")
 
     # ---- accounts ----------------------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
-        book = self.book
-        return Counts(
-            admitted=book.admitted,
-            trained=book.trained,
-            dropped=dict(book.dropped),
-            failed=dict(book.failed),
-            live=len(book.rollouts),
-        )
+        return accounts.counts(self.book)
 
     def check(self, *, every_rollout: bool = True) -> Counts:
-        """Recounts the equation from the live rollouts, groups and states, not from the counters alone."""
-        counts, book = self.counts(), self.book
-        members = sum(len(g.rollouts) for g in book.groups.values())
-        orphans: list[int] = []
-        if every_rollout:
-            orphans = [r for g in book.groups.values() for r in g.rollouts if r not in book.rollouts]
-        if not counts.holds or members != counts.live or orphans or sum(book.by_state) != counts.live:
-            raise ConservationError(
-                f"at version {self.version}: {counts}, rollouts of live groups {members}, by state "
-                f"{sum(book.by_state)}, missing {orphans[:5]}"
-            )
-        return counts
-
-    def by_state(self) -> dict[str, int]:
-        return {s.name.lower(): self.book.by_state[s] for s in State if s <= State.BATCHED}
+        """Raises ConservationError."""
+        return accounts.check(self.book, every_rollout=every_rollout)
 
     def take_rows(self) -> StateRows:
         """Every change of state since this was last asked, for the log."""
@@ -434,7 +341,3 @@ class Ledger:
             now = "gone" if rollout is None else f"{rollout.state.name}, lease {rollout.lease_id}"
             raise LeaseLost(f"rollout {rollout_id}: lease {lease_id} is not valid (rollout is {now})")
         return rollout
-
-    def _drop_group(self, group: Group, reason: str) -> None:
-        for rollout in list(group.rollouts.values()):
-            self.book.close(rollout, State.DROPPED, reason)

@@ -11,6 +11,7 @@ Called by `shard`, from one thread. `recovery` reads it back, `reading` shows it
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import time
@@ -77,17 +78,13 @@ STATE_LOG = _layout(
 LAYOUTS = dict(zip(STREAMS, (PROMPT_LOG, SEGMENT_LOG, STATE_LOG), strict=True))
 
 
-_TEMPLATES: dict[str, MessageTemplate] = {}
-
-
-def _template(stream: str) -> MessageTemplate:
-    if stream not in _TEMPLATES:
-        _TEMPLATES[stream] = MessageTemplate(LAYOUTS[stream])
-    return _TEMPLATES[stream]
-
-
 _MOST_PARTS = 1000
 """Of one call: the system takes 1024."""
+
+
+@functools.cache
+def _template(stream: str) -> MessageTemplate:
+    return MessageTemplate(LAYOUTS[stream])
 
 
 class SegmentRows(NamedTuple):
@@ -128,17 +125,21 @@ class Stream:
 
     def write(self) -> int:
         """Puts what waits into the file; returns its hash. May be called again after an error."""
-        digest = xxhash.xxh3_64()
-        for view in self._views():
+        digest, views = xxhash.xxh3_64(), self._views()
+        for view in views:
             digest.update(view)
-        self.write_out()
+        self._write(views)
         value: int = digest.intdigest()
         return value
 
     def write_out(self) -> None:
+        """So that it can be read; it counts from the next commit."""
+        self._write(self._views())
+
+    def _write(self, views: list[memoryview]) -> None:
         """Nothing, where all that waits was written since the last of it came."""
         if self._written < self.next:
-            write_at(self._fd, self._views(), self.end)
+            write_at(self._fd, views, self.end)
             self._written = self.next
 
     def _views(self) -> list[memoryview]:

@@ -35,10 +35,6 @@ class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
     shard: int = 0
     shards: int = 1
 
-    @property
-    def first_k(self) -> bool:
-        return self.spare_rollouts_per_prompt > 0
-
 
 def share(prompts_per_step: int, shard: int, shards: int) -> int:
     """Groups of one batch that come from `shard`: as equal as can be."""
@@ -110,7 +106,7 @@ class Rollout:
 @dataclass(slots=True)
 class EngineRecord:
     seen: float
-    """Its last heartbeat, lease or append."""
+    """Its last heartbeat or lease. (What it appends keeps the one lease alive: `Rollout.touched`.)"""
     last_lease_id: int = 0
 
 

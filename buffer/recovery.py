@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 class Recovered:
     book: Book
     columns: Columns
-    base: base.BaseState
     last: Record | None
     """None where the generation has no commit yet: its files are to be made."""
     next_seq: int
@@ -80,7 +79,7 @@ def recover(
         fold.settle()
     last = records[-1] if records else None
     cut = _cut(paths, journal_of(folder, state.generation), buffers, journal, last)
-    return Recovered(book, columns, state, last, fold.next_seq, len(records), cut)
+    return Recovered(book, columns, last, fold.next_seq, len(records), cut)
 
 
 def _refuse_damage(path: Path, journal: pa.Buffer, number: int) -> None:
@@ -162,14 +161,14 @@ class _Fold:
                     f"of this version's layout ({error}): use the version of asyncrl that wrote it"
                 ) from error
             self.next_seq = batch["seq"][-1].as_py() + 1
-            apply(batch, file, reader.tell() - at)
+            apply(batch, file)
 
     def settle(self) -> None:
         """After each commit, as in the service: closed rollouts are freed."""
         self._columns.drop(self._book.closed, self._book.closed_groups)
         self._book.closed, self._book.closed_groups, self._book.rows = [], [], StateRows()
 
-    def _prompts(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
+    def _prompts(self, batch: pa.RecordBatch, file: pa.Buffer) -> None:
         rows = zip(
             batch["group_id"].to_pylist(),
             batch["rollout_ids"].to_pylist(),
@@ -182,10 +181,10 @@ class _Fold:
         for group_id, rollout_ids, prompt_id, position, tokens, payload in rows:
             self._book.admit(group_id, rollout_ids, prompt_id, position)
             # A copy: the map of a prompt file is not to be held for one prompt.
-            prompt = Prompt(prompt_id, tokens.copy(), payload, position)
+            prompt = Prompt(tokens.copy(), payload)
             self._columns.put_prompt(group_id, prompt, rollout_ids)
 
-    def _segments(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
+    def _segments(self, batch: pa.RecordBatch, file: pa.Buffer) -> None:
         tokens_at, logprobs_at = values_at(batch, file)
         offsets = batch["tokens"].offsets.to_pylist()
         rows = zip(
@@ -200,7 +199,7 @@ class _Fold:
             )
             self._columns.append(rollout_id, piece)
 
-    def _states(self, batch: pa.RecordBatch, file: pa.Buffer, nbytes: int) -> None:
+    def _states(self, batch: pa.RecordBatch, file: pa.Buffer) -> None:
         columns = (batch[name].to_pylist() for name in Transition._fields)
         for row in map(Transition._make, zip(*columns, strict=True)):
             if row.state == State.QUEUED.name:

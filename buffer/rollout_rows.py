@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from asyncrl.buffer.arrow_message import offsets_of
 from asyncrl.buffer.schema import LOGPROBS, TOKENS, State
 
 Ints = np.ndarray  # int64 unless said otherwise
@@ -262,8 +263,6 @@ def _list_array(
     kind: pa.ListType | None = None,
     missing: Flags | None = None,
 ) -> pa.ListArray:
-    offsets = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
     values = flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
     mask = None if missing is None or not missing.any() else pa.array(missing)
-    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=mask)
+    return pa.ListArray.from_arrays(pa.array(offsets_of(counts)), values, type=kind, mask=mask)

@@ -22,6 +22,7 @@ import xxhash
 import zmq
 
 from asyncrl.buffer import wire
+from asyncrl.buffer.accounts import by_state
 from asyncrl.buffer.arena import ArenaRefused, AttachedArena
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, LeaseLost
@@ -80,8 +81,8 @@ class BufferService:
         self._held: list[list[bytes | memoryview]] = []
         """Answers to what is decided and not written: they wait for the disk."""
         self._stopping = False
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard > soft else soft, hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each client has a descriptor or two
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._authenticator = Authenticator(self._context, keys)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -296,7 +297,7 @@ class BufferService:
         return wire.Report(
             version=ledger.version,
             serving=book.serving,
-            states=ledger.by_state(),
+            states=by_state(book),
             counts=ledger.counts(),
             held_groups=len(book.groups),
             capacity_groups=ledger.capacity,
@@ -329,6 +330,4 @@ def _decode(header: bytes) -> wire.Request:
 def _empty(request: wire.Waits) -> wire.Reply:
     if isinstance(request, wire.Lease):
         return wire.Leases(rollouts=[])
-    if isinstance(request, wire.Admit):
-        return wire.Admitted(admitted=0, passed_over=0)
     return wire.Number(value=0)

@@ -15,10 +15,11 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from asyncrl.buffer import wire
+from asyncrl.buffer.arena import boot_id
 from asyncrl.buffer.columns import Prompt
 from asyncrl.buffer.config import BufferConfig
 from asyncrl.buffer.errors import BadRequest, DiskFull, LeaseLost
-from asyncrl.buffer.handover import Layout, Places, boot_id, fill, lay_out, places
+from asyncrl.buffer.handover import Layout, Places, joined, lay_out, places
 from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.ledger import Prompt as Asked
 from asyncrl.buffer.log import SegmentRows
@@ -37,7 +38,7 @@ class Handover(NamedTuple):
     """A batch that was decided on; its body is still to be put somewhere."""
 
     selection: Selection
-    rollouts: list[Rollout]
+    pieces: list[Piece]
     layout: Layout
 
 
@@ -230,13 +231,10 @@ class Shard:
             )
         groups = self.ledger.admit(list(map(Asked, request.prompt_ids, request.positions)))
         flat, at = np.frombuffer(bytes(body), np.int32), 0
-        rows = zip(
-            groups, request.prompt_ids, request.payloads, request.positions, request.lengths, strict=True
-        )
-        for group, prompt_id, payload, position, length in rows:
+        for group, payload, length in zip(groups, request.payloads, request.lengths, strict=True):
             first, at = at, at + length
             if group is not None:
-                prompt = Prompt(prompt_id, flat[first:at], payload, position)
+                prompt = Prompt(flat[first:at], payload)
                 self.store.columns.put_prompt(group.group_id, prompt, group.rollouts)
                 self._admitted.append((group, prompt))
         admitted = sum(g is not None for g in groups)
@@ -263,18 +261,18 @@ class Shard:
     def _batch(self, selection: Selection) -> Handover:
         rollouts = [self.ledger.book.rollouts[r] for r in selection.rollout_ids]
         oldest = selection.version - self._settings.max_staleness_versions
-        return Handover(selection, rollouts, lay_out(rollouts, self.store.columns, oldest))
+        columns = self.store.columns
+        pieces = [piece for rollout_id in selection.rollout_ids for piece in columns.answers[rollout_id]]
+        return Handover(selection, pieces, lay_out(rollouts, pieces, columns, oldest))
 
     def places(self, batch: Handover) -> Places:
         """Where the body of a batch lies in the log, once that is committed."""
-        return places(batch.rollouts, self.store.columns, self._host)
+        return places(batch.pieces, self.store.files, self._host)
 
     def body(self, batch: Handover) -> memoryview:
         """The body of a batch for a reader on another host."""
-        total = batch.layout.tokens
-        body = memoryview(bytearray(8 * total))
         self.store.log.write_out()
-        fill(body, total, batch.rollouts, self.store.columns)
+        body = joined(batch.pieces, self.store.files)
         self.store.files.give_back()
         return body
 

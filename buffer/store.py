@@ -133,6 +133,7 @@ class Store:
     def rotate_log(self) -> None:
         """The log has grown enough. As durable as the log itself, and on the disk where it takes an older one's place."""
         self._rotate(fsync=self._fsync or self._config.keep_log == "needed")
+        self._delete_unneeded()
 
     def _rotate(self, *, fsync: bool) -> int:
         """Begins the next generation with the present state, which must be committed; returns its number."""
@@ -147,7 +148,6 @@ class Store:
             raise disk_full(self.folder, error) from error
         self.log.close()
         self.log, self.history = log, history
-        self._delete_unneeded()
         return generation
 
     def _delete_unneeded(self) -> None:

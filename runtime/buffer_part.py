@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from asyncrl.buffer import BufferService, ledger_settings
+from asyncrl.buffer import BufferService, base, ledger_settings
 from asyncrl.buffer.keys import read_server_keys
 from asyncrl.buffer.process import tune_process
 from asyncrl.recipes import Recipe
@@ -69,7 +69,5 @@ class BufferPart:
         )
         if not before:
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text(service.endpoint)
-            partial.replace(path)
+            base.write(path, service.endpoint.encode(), fsync=False)
         return service

@@ -24,7 +24,11 @@ MAY_IMPORT = {
 }
 VLLM_FILES = {"generators/vllm_engine.py", "weight_sync/vllm_worker.py"}
 PURE = (
+    "buffer/accounts.py",
+    "buffer/arrow_message.py",
+    "buffer/batches.py",
     "buffer/book.py",
+    "buffer/journal.py",
     "buffer/ledger.py",
     "buffer/records.py",
     "buffer/reports.py",

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.buffer.columns import Columns, Prompt, flat_lists, list_array, slices
+from asyncrl.buffer.handover import joined, split
 from asyncrl.buffer.schema import FLAGS, LOGPROBS, TOKENS
 from asyncrl.buffer.token_files import Piece, TokenFiles
 
@@ -18,16 +19,15 @@ def columns(tmp_path):
     tokens = np.arange(6, dtype=np.int32)
     path.write_bytes(bytes(100) + tokens.tobytes() + (tokens / 2).astype(np.float32).tobytes())
     columns = Columns(TokenFiles(2**20, lambda generation: path))
-    columns.put_prompt(7, Prompt("p", np.array([9], np.int32), "{}", 0), [1, 2])
+    columns.put_prompt(7, Prompt(np.array([9], np.int32), "{}"), [1, 2])
     for rollout_id, first, count, version in ((1, 0, 2, 0), (2, 2, 1, 0), (1, 3, 3, 1)):
         columns.append(rollout_id, Piece(1, 100 + 4 * first, 124 + 4 * first, count, version))
     return columns
 
 
 def read(columns, *rollout_ids):
-    total = sum(p.length for r in rollout_ids for p in columns.answers[r])
-    tokens, logprobs = np.empty(total, np.int32), np.empty(total, np.float32)
-    columns.copy(rollout_ids, tokens, logprobs)
+    pieces = [piece for rollout_id in rollout_ids for piece in columns.answers[rollout_id]]
+    tokens, logprobs = split(joined(pieces, columns.files), sum(piece.length for piece in pieces))
     return tokens.tolist(), logprobs.tolist()
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.buffer import BlockingBufferClient, BufferClient, handover, shard, wire
+from asyncrl.buffer.arena import boot_id
 from asyncrl.buffer.errors import BadRequest, DiskFull
-from asyncrl.buffer.handover import FilesUnreadable, Layout, LogFiles, Places, boot_id, split
+from asyncrl.buffer.handover import FilesUnreadable, Layout, LogFiles, Places, split
 from tests.buffer_world import check_rows, generate, goes_round, part, score
 from tests.buffers import admit_all, buffer_service
 from tests.unit.buffer.test_store_model import Driver, full_disk, state_of, tiny

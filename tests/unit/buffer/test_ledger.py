@@ -2,6 +2,7 @@
 
 import pytest
 
+from asyncrl.buffer.accounts import by_state
 from asyncrl.buffer.config import BufferConfig, StalenessConfig
 from asyncrl.buffer.errors import BadRequest, ConservationError, LeaseLost
 from asyncrl.buffer.ledger import Ledger, Prompt
@@ -279,7 +280,7 @@ def test_a_rollout_is_leased_once_however_often_its_place_in_the_queue_changed()
     assert fail(ledger, first)
     again = ledger.lease("b", 5, 0.0)
     assert again == [first, second] and [r.lease_id for r in again] == [3, 4]
-    assert ledger.lease("b", 2, 0.0) == [] and ledger.by_state()["leased"] == 2
+    assert ledger.lease("b", 2, 0.0) == [] and by_state(ledger.book)["leased"] == 2
 
 
 def test_leases_that_did_not_arrive_are_given_again():
@@ -407,7 +408,7 @@ def test_a_release_twice_loses_the_lease_once():
         ledger.release(r.rollout_id, lease_id)
     with pytest.raises(LeaseLost):
         ledger.release(r.rollout_id, 0)
-    assert ledger.by_state()["queued"] == 2
+    assert by_state(ledger.book)["queued"] == 2
 
 
 def test_a_failure_twice_counts_once():

@@ -87,9 +87,9 @@ class Follower:
 
     def follow(self, rows, now):
         """As a recovery reads a commit: prompts, then segments, then changes of state."""
-        for group_id, rollout_ids, prompt in self.admitted:
-            self.book.admit(group_id, rollout_ids, prompt.prompt_id, prompt.position)
-            self.columns.put_prompt(group_id, prompt, rollout_ids)
+        for group, rollout_ids, prompt in self.admitted:
+            self.book.admit(group.group_id, rollout_ids, group.prompt_id, group.position)
+            self.columns.put_prompt(group.group_id, prompt, rollout_ids)
         for rollout_id, version, tokens in self.extended:
             self.book.extend(self.book.rollouts[rollout_id], version, tokens)
             append_piece(self.columns, rollout_id, version, tokens)
@@ -174,9 +174,9 @@ class LedgerMachine(RuleBasedStateMachine):
         admitted = self.ledger.admit(asked)
         assert [g is None for g in admitted] == [p.prompt_id in quarantined for p in asked]
         for group in filter(None, admitted):
-            prompt = Asked(group.prompt_id, np.zeros(1, np.int32), "", group.position)
+            prompt = Asked(np.zeros(1, np.int32), "")
             self.columns.put_prompt(group.group_id, prompt, group.rollouts)
-            self.follower.admitted.append((group.group_id, list(group.rollouts), prompt))
+            self.follower.admitted.append((group, list(group.rollouts), prompt))
             ids = [group.group_id, *group.rollouts]
             assert {i % self.settings.shards for i in ids} == {self.settings.shard}
             self.versions.update((r, []) for r in group.rollouts)

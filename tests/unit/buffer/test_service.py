@@ -666,7 +666,7 @@ def test_what_is_sent_twice_is_done_once(tmp_path):
 # ---- snapshots -----------------------------------------------------------------------------------------------------------
 
 
-async def _generate_at(buffer, version):
+async def _generate_in_a_client_of_its_own(buffer, version):
     async with BufferClient(buffer.address) as client:
         await generate(client, version=version)
 
@@ -675,7 +675,7 @@ def _train(buffer, reader, prompts_wanted=3):
     """Admits, generates, reads and commits one batch; returns its prompts."""
     asyncio.run(admit(buffer.address, prompts_wanted))
     version = reader.status().version
-    asyncio.run(_generate_at(buffer, version))
+    asyncio.run(_generate_in_a_client_of_its_own(buffer, version))
     selection, rows = reader.read_batch(5.0)
     reader.commit(selection.batch_ids, selection.version + 1)
     return sorted(prompt.tolist() for prompt in slices(rows["prompt_tokens"]))
