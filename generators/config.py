@@ -9,6 +9,8 @@ import msgspec
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
+AUTO_START = 8
+"""Slots per engine with which `concurrency = "auto"` begins."""
 
 
 class PromptsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,11 +49,16 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     name: str
     engines: Positive = 1
+    """Wanted from the start on; `asyncrl scale` changes it while the run goes on."""
+    min_engines: NonNegative = 0
+    """The run begins when so many are up, and the others join when machines have room for them. 0: all of `engines`."""
     engine: Literal["vllm", "fake"] = "vllm"
     """`fake` is the deterministic engine of the tests; it speaks nonsense at a set speed."""
     device: Literal["cpu", "cuda"] = "cuda"
-    concurrency: Positive = 64
-    """Slots per engine: how many rollouts it works on at once."""
+    concurrency: Positive | Literal["auto"] = 64
+    """Slots per engine: how many rollouts it works on at once. `auto`: as KV cache, learner and staleness allow."""
+    max_concurrency: Positive = 256
+    """Slots that an engine is built for, the most that `asyncrl scale` and `auto` may give it."""
     tensor_parallel: Positive = 1
     memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.85
     """Share of each GPU that weights and KV cache may take (CUDA)."""
@@ -61,6 +68,22 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Cores that each engine computes on (CPU)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     start_timeout_s: PositiveSeconds = 600.0
+    gpu_type: str = ""
+    """As Ray names accelerator types, such as `H100` or `A100-80G`: only machines with it are used. Empty: any."""
+    resources: dict[str, float] = {}
+    """Custom resources of Ray that each engine takes, such as `{ spot = 1.0 }`."""
+    max_deaths: NonNegative = 5
+    """More deaths of this pool's engines within `deaths_within_s`, and it has failed; the run goes on with the others."""
+    deaths_within_s: PositiveSeconds = 600.0
+
+    @property
+    def first_concurrency(self) -> int:
+        """Slots per engine at the start."""
+        return min(AUTO_START, self.max_concurrency) if self.concurrency == "auto" else self.concurrency
+
+    @property
+    def engines_to_begin(self) -> int:
+        return min(self.min_engines or self.engines, self.engines)
 
 
 class RewardTerm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -26,7 +26,7 @@ def arguments(pool: PoolConfig, model_path: str, max_model_len: int, seed: int) 
         "dtype": pool.dtype,
         "seed": seed,
         "max_model_len": max_model_len,
-        "max_num_seqs": pool.concurrency + 1,  # one more for a probe
+        "max_num_seqs": pool.max_concurrency + 1,  # one more for a probe
         "load_format": "dummy",
         "generation_config": "vllm",
         "skip_tokenizer_init": True,

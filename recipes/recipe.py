@@ -31,6 +31,9 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     folder: str = "runs"
     ray_address: str = ""
     """Empty: start Ray on this machine for this run. `auto` or an address: join a cluster that is up."""
+    control_host: str = "127.0.0.1"
+    """Address of this machine on which `asyncrl status` and its like are answered; another than loopback to command the run
+    from elsewhere with its key file."""
     stall_timeout_s: PositiveSeconds = 900.0
     """The run ends when nothing was generated and no step was made for so long, and says who waits for whom."""
 
@@ -81,7 +84,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def slots(self) -> int:
-        return sum(pool.engines * pool.concurrency for pool in self.pools)
+        return sum(pool.engines * pool.first_concurrency for pool in self.pools)
 
     @property
     def engines(self) -> int:
@@ -170,6 +173,19 @@ def _check_pools(recipe: Recipe) -> Iterator[Problem]:
         if name in names[:i]:
             yield Problem(f"pools[{i}].name", repr(name), f"pools[{names.index(name)}] has this name already")
     for i, pool in enumerate(recipe.pools):
+        if pool.concurrency != "auto" and pool.concurrency > pool.max_concurrency:
+            yield Problem(
+                f"pools[{i}].concurrency",
+                str(pool.concurrency),
+                f"is more than pools[{i}].max_concurrency = {pool.max_concurrency}, which the engine is built for: "
+                "lower the one or raise the other",
+            )
+        if pool.min_engines > pool.engines:
+            yield Problem(
+                f"pools[{i}].min_engines",
+                str(pool.min_engines),
+                f"is more than pools[{i}].engines = {pool.engines}: lower the one or raise the other",
+            )
         if pool.device == "cpu" and pool.tensor_parallel > 1:
             yield Problem(
                 f"pools[{i}].tensor_parallel",

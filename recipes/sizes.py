@@ -57,7 +57,7 @@ def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
         Size(
             "slots",
             f"{recipe.slots:,}",
-            " + ".join(f"{p.engines} x {p.concurrency} ({p.name})" for p in recipe.pools),
+            " + ".join(f"{p.engines} x {p.first_concurrency} ({p.name})" for p in recipe.pools),
         ),
         Size(
             "answer tokens per step, at most",

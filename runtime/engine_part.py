@@ -33,7 +33,7 @@ def make_engine(
     if pool.engine == "fake":
         from asyncrl.generators.fake_engine import FakeEngine
 
-        return FakeEngine(vocab_size=vocabulary, slots=pool.concurrency, step_s=0.002)
+        return FakeEngine(vocab_size=vocabulary, slots=pool.max_concurrency, step_s=0.002)
     from asyncrl.generators.vllm_engine import VLLMEngine
 
     return VLLMEngine(
@@ -86,7 +86,7 @@ class EnginePart:
                     buffer=buffer,
                     scorer=self._scorer(),
                     sampling=self._recipe.sampling,
-                    concurrency=self._pool.concurrency,
+                    concurrency=self._pool.first_concurrency,
                     stop_token_ids=self._stop_token_ids,
                     decode=self._decode,
                 )
@@ -105,7 +105,7 @@ class EnginePart:
                 sampling=self._recipe.sampling,
                 stop_token_ids=self._stop_token_ids,
                 decode=self._decode,
-                concurrency=self._pool.concurrency,
+                concurrency=self._pool.first_concurrency,
                 label=label,
             )
         except BaseExceptionGroup as group:
@@ -116,14 +116,14 @@ class EnginePart:
         now, (then, before) = time.monotonic(), self._seen
         self._seen = (now, stats.generated_tokens)
         used = self._dispatcher.slots_used if self._dispatcher else 0
-        idle = self._dispatcher is not None and used < self._pool.concurrency
+        idle = self._dispatcher is not None and used < self._pool.first_concurrency
         return EngineFacts(
             engine_id=self._engine_id,
             pool=self._pool.name,
             state="starting" if not self._serving else "serving" if stats.running else "idle",
             version=stats.version,
             slots_used=used,
-            slots=self._pool.concurrency,
+            slots=self._pool.first_concurrency,
             tokens_per_s=(stats.generated_tokens - before) / max(now - then, 1e-3),
             waits_for="prompts" if idle else "",
         )

@@ -12,10 +12,15 @@ from asyncrl.runtime.facts import EngineFacts
 
 MOST_ROWS = 8
 STATE_STYLES = {
+    "waiting for room": "yellow",
     "starting": "yellow",
+    "joining": "yellow",
     "serving": "cyan",
     "updating": "magenta",
     "idle": "bright_black",
+    "paused": "bright_black",
+    "draining": "yellow",
+    "restarting": "red",
     "dead": "red",
 }
 QUIET = "bright_black"

@@ -10,11 +10,27 @@ of rollouts unless the name says tokens, groups or prompts. A number that could 
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
 import msgspec
 
-EngineState = Literal["starting", "serving", "updating", "idle", "dead"]
+EngineState = Literal[
+    "waiting for room",
+    "starting",
+    "joining",
+    "serving",
+    "idle",
+    "updating",
+    "paused",
+    "draining",
+    "restarting",
+    "dead",
+]
+"""joining: it is up and takes the present weights. restarting: it died and is started again after a while."""
+PoolState = Literal["starting", "serving", "short", "failed"]
+"""short: it serves with fewer engines than wanted."""
+RunState = Literal["starting", "running", "paused", "draining", "stopping"]
 LearnerState = Literal["starting", "waiting for rollouts", "training", "publishing"]
 
 LEARNER_WAITS: Final = "learner waits for rollouts"
@@ -113,6 +129,28 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     waits_for: str = ""
     """Empty while it waits for nothing."""
+    kv_used_fraction: float = math.nan
+    preemptions: int = 0
+    """Since it started: rollouts whose KV cache it had to give up for want of room."""
+    deaths: int = 0
+    """Since launch."""
+    reason: str = ""
+    """Why it is in this state, where that needs saying: how it died, what it waits for room for."""
+    node: str = ""
+    """Ray's address of its machine."""
+
+
+class PoolFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One pool, now."""
+
+    name: str
+    state: PoolState
+    engines_wanted: int
+    engines_serving: int
+    concurrency: int | Literal["auto"]
+    """As set: slots per engine."""
+    reason: str = ""
+    """Why it failed or is short; with `auto` the controller's last change and why."""
 
 
 class BufferFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +198,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", tag_fi
     version: int
     engines: list[EngineFacts]
     buffer: BufferFacts
+    state: RunState = "running"
+    pools: list[PoolFacts] = []
     learner_state: LearnerState
     learner_tokens_per_s: float
     engine_tokens_per_s: float

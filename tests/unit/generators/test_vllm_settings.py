@@ -18,7 +18,7 @@ def pool(**settings: object) -> PoolConfig:
 
 
 def test_cpu_and_cuda_arguments() -> None:
-    cpu = vllm_settings.arguments(pool(device="cpu", kv_cache_bytes=123, concurrency=8), "m", 64, 1)
+    cpu = vllm_settings.arguments(pool(device="cpu", kv_cache_bytes=123, max_concurrency=8), "m", 64, 1)
     assert cpu["kv_cache_memory_bytes"] == 123
     assert cpu["enforce_eager"] is True
     assert cpu["max_num_seqs"] == 9

@@ -86,6 +86,7 @@ def make_snapshot(
             slots=32,
             tokens_per_s=noise.gauss(1150, 60) if serving else 0.0,
             waits_for="" if serving else "version 0",
+            kv_used_fraction=0.5,
         )
         for index in range(2)
     ]
