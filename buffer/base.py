@@ -185,12 +185,14 @@ def load(state: BaseState, settings: LedgerSettings, files: TokenFiles, now: flo
         for rollout in group.rollouts.values():
             rollout.group = group
             book.by_state[rollout.state] += 1
+            if rollout.state is State.LEASED:
+                book.engines[rollout.engine_id].generating += 1
         _order(group, book)
     book.batches = {b: [book.groups[g] for g in ids] for b, ids in state.batches.items()}
     return book, columns
 
 
-_NOWHERE = Group(0, "", 0)
+_NOWHERE = Group(0, "", 0, 0)
 
 
 def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollout]:
@@ -264,7 +266,7 @@ def _load_groups(g: GroupColumns, columns: Columns, rollouts: list[Rollout]) -> 
         prompt = Prompt(np.frombuffer(tokens, np.int32), payload)
         columns.prompts[group_id] = prompt
         members = {r.rollout_id: r for r in itertools.islice(left, size)}
-        yield Group(group_id, prompt_id, position, members, batch_id=batch_id)
+        yield Group(group_id, prompt_id, position, len(prompt.tokens), members, batch_id=batch_id)
 
 
 def _order(group: Group, book: Book) -> None:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Final
 
 from asyncrl.buffer import staleness
 from asyncrl.buffer.book import Book
 from asyncrl.buffer.errors import BadRequest
 from asyncrl.buffer.records import Group, Selection, describe
+
+OVER_STALE: Final = "over_stale"
+"""Why a group was dropped whose tokens are past the bound."""
 
 
 class Batches:
@@ -61,7 +65,7 @@ class Batches:
             if group is None or group.batch_id or group.oldest_version != oldest_version:
                 continue
             if self._is_over_stale(group):
-                self._book.drop_group(group, "over_stale")
+                self._book.drop_group(group, OVER_STALE)
                 continue
             chosen.append(group)
         if len(chosen) == self._settings.prompts_per_step and self._may_leave(chosen):

@@ -19,13 +19,16 @@ from asyncrl.buffer.records import (
     EngineRecord,
     Group,
     LedgerSettings,
+    Passed,
     Rollout,
     Spans,
     Transition,
 )
 from asyncrl.buffer.rows import StateRows
-from asyncrl.buffer.schema import State
+from asyncrl.buffer.schema import ENVIRONMENT, State
 
+Entry = tuple[int, int, int]
+"""Of the queue: (oldest version of its group, group_id, rollout_id)."""
 _FRESH = 1 << 60
 """Queue key of groups without a token: nothing of theirs can grow stale, so they come after all others."""
 _QUEUED, _LEASED, _COMPLETE, _SCORED, _BATCHED = (
@@ -70,8 +73,8 @@ class Book:
         self.dropped_lengths: Counter[int] = Counter()
         self.spanning_trained = self.most_versions = 0
         self.by_state = [0] * len(State)
-        self.queue: list[tuple[int, int, int]] = []
-        """Heap of (oldest version of its group, group_id, rollout_id)."""
+        self.queue: list[Entry] = []
+        """Heap."""
         self.expiry: list[tuple[float, int, int]] = []
         """Heap of (earliest time at which it can be late, rollout_id, lease_id)."""
         self.ready: list[tuple[int, int]] = []
@@ -84,8 +87,10 @@ class Book:
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
-    def admit(self, group_id: int, rollout_ids: Sequence[int], prompt_id: str, position: int) -> Group:
-        group = self.groups[group_id] = Group(group_id, prompt_id, position)
+    def admit(
+        self, group_id: int, rollout_ids: Sequence[int], prompt_id: str, position: int, prompt_tokens: int
+    ) -> Group:
+        group = self.groups[group_id] = Group(group_id, prompt_id, position, prompt_tokens)
         for rollout_id in rollout_ids:
             group.rollouts[rollout_id] = self.rollouts[rollout_id] = Rollout(rollout_id, group)
             heapq.heappush(self.queue, (_FRESH, group_id, rollout_id))
@@ -107,6 +112,7 @@ class Book:
         for rollout in rollouts:
             rollout.state = _LEASED
             rollout.lease_id, rollout.engine_id, rollout.touched = lease_id, engine_id, now
+            rollout.passed = None
             heapq.heappush(expiry, (deadline, rollout.rollout_id, lease_id))
             lease_id += 1
         self.by_state[_QUEUED] -= len(rollouts)
@@ -115,8 +121,18 @@ class Book:
         if engine is None:
             engine = self.engines[engine_id] = EngineRecord(now)
         engine.seen, engine.last_lease_id = now, max(engine.last_lease_id, lease_id - 1)
+        engine.generating += len(rollouts)
         self.next_lease = max(self.next_lease, lease_id)
         self.rows.add_many(rollouts, self.version)
+
+    @staticmethod
+    def pass_over(rollout: Rollout, request: int, now: float) -> None:
+        """It stays queued. A request counts once, however often it is looked at."""
+        passed = rollout.passed
+        if passed is None:
+            rollout.passed = Passed(1, now, request)
+        elif request > passed.request:
+            passed.times, passed.request = passed.times + 1, request
 
     def requeue(self, rollout: Rollout, reason: str, attempts: int) -> None:
         """Takes the lease away. With one more attempt than before its tokens are forgotten too."""
@@ -132,6 +148,8 @@ class Book:
     def extend(self, rollout: Rollout, version: int, tokens: int) -> None:
         rollout.length += tokens
         extend_spans(rollout.spans, version, tokens)
+        if version == ENVIRONMENT:
+            return
         group = rollout.group
         if version > group.newest_version:
             group.newest_version = version
@@ -143,7 +161,7 @@ class Book:
     def complete(self, rollout: Rollout, finish_reason: str) -> None:
         self._move(rollout, _COMPLETE)
         rollout.finish_reason = finish_reason
-        rollout.completed_version = max(self.version, rollout.spans[-1][0])
+        rollout.completed_version = max(self.version, *(v for v, _ in rollout.spans))
         self.note(rollout, finish_reason)
 
     def score(self, rollout: Rollout, reward: float) -> bool:
@@ -181,7 +199,7 @@ class Book:
     def close(self, rollout: Rollout, state: State, reason: str) -> None:
         """The end of a rollout that is not trained; with its last rollout a group ends, with its last group a batch."""
         group = rollout.group
-        self.by_state[rollout.state] -= 1
+        self._leave(rollout)
         if rollout.state is _SCORED:
             group.scored -= 1
         rollout.state = state
@@ -216,7 +234,7 @@ class Book:
         for rollout in rollouts:
             rollout_id, spans, group = rollout.rollout_id, rollout.spans, rollout.group
             self.lengths[rollout.length] += 1
-            versions = 1 if len(spans) == 1 else len({v for v, _ in spans})
+            versions = 1 if len(spans) == 1 else len({v for v, _ in spans if v != ENVIRONMENT})
             if versions > 1:
                 self.spanning_trained += 1
             if versions > self.most_versions:
@@ -233,9 +251,15 @@ class Book:
     # ---- what follows from a change ----------------------------------------------------------------------------
 
     def _move(self, rollout: Rollout, state: State) -> None:
-        self.by_state[rollout.state] -= 1
+        self._leave(rollout)
         self.by_state[state] += 1
         rollout.state = state
+
+    def _leave(self, rollout: Rollout) -> None:
+        """Its state ends."""
+        self.by_state[rollout.state] -= 1
+        if rollout.state is _LEASED:
+            self.engines[rollout.engine_id].generating -= 1
 
     @staticmethod
     def urgency(group: Group) -> int:
@@ -249,7 +273,7 @@ class Book:
     def find_age(self, group: Group) -> None:
         """Finds the group's oldest and newest version anew, and the places in the heaps that follow from it."""
         before = group.oldest_version
-        versions = [v for r in group.rollouts.values() for v, _ in r.spans]
+        versions = [v for r in group.rollouts.values() for v, _ in r.spans if v != ENVIRONMENT]
         group.oldest_version = min(versions, default=None)
         group.newest_version = max(versions, default=-1)
         if group.oldest_version != before:

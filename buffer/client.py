@@ -23,6 +23,7 @@ from asyncrl.buffer import wire
 from asyncrl.buffer.arena import Arena
 from asyncrl.buffer.connection import BufferAddress, Connection
 from asyncrl.buffer.errors import ArenaUnknown
+from asyncrl.buffer.leasing import UNKNOWN_ROOM
 from asyncrl.buffer.records import Counts, PromptRow, Segment
 from asyncrl.buffer.reports import add_counts, add_reports
 
@@ -99,29 +100,40 @@ class BufferClient:
 
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
-    async def lease(self, engine_id: str, limit: int, timeout_s: float) -> list[wire.Leased]:
+    async def lease(
+        self, engine_id: str, limit: int, timeout_s: float, kv_free_tokens: int = UNKNOWN_ROOM
+    ) -> list[wire.Leased]:
         """Up to `limit` rollouts to work on; none when there was nothing to do for `timeout_s`. One call at a time for
-        each engine: the last lease that it got says what it knows of."""
+        each engine: the last lease that it got says what it knows of.
+
+        `kv_free_tokens`: room in the engine's KV cache beside what it holds. Partial rollouts that are longer go to engines
+        with more room, for some seconds; -1 where it is not known. With several shards each gives by all of the room.
+        """
         first = next(self._turns)
         found: list[wire.Leased] = []
         if self.shards > 1:
             for shard in range(first, first + self.shards):
                 if len(found) < limit:
-                    found += await self._lease_at(shard % self.shards, engine_id, limit - len(found), 0.0)
+                    left = limit - len(found)
+                    found += await self._lease_at(shard % self.shards, engine_id, left, 0.0, kv_free_tokens)
         deadline = asyncio.get_running_loop().time() + timeout_s
         step_s = timeout_s if self.shards == 1 else min(timeout_s, _LOOK_ROUND_S)
         # Waits at one shard after the other for work; ends with some, or at the deadline.
         for shard in itertools.count(first):
             if found:
                 break
-            found = await self._lease_at(shard % self.shards, engine_id, limit, step_s)
+            found = await self._lease_at(shard % self.shards, engine_id, limit, step_s, kv_free_tokens)
             if asyncio.get_running_loop().time() >= deadline:
                 break
         return found
 
-    async def _lease_at(self, shard: int, engine_id: str, limit: int, timeout_s: float) -> list[wire.Leased]:
+    async def _lease_at(
+        self, shard: int, engine_id: str, limit: int, timeout_s: float, kv_free_tokens: int
+    ) -> list[wire.Leased]:
         last = self._last_lease[shard, engine_id]
-        request = wire.Lease(engine_id=engine_id, limit=limit, after=last, timeout_s=timeout_s)
+        request = wire.Lease(
+            engine_id=engine_id, limit=limit, after=last, timeout_s=timeout_s, kv_free_tokens=kv_free_tokens
+        )
         found: list[wire.Leased] = (await self.ask(shard, request, timeout_s=timeout_s)).rollouts
         self._last_lease[shard, engine_id] = max([last, *(lease.lease_id for lease in found)])
         return found
@@ -191,9 +203,11 @@ class BufferClient:
     async def heartbeat(self, engine_id: str) -> None:
         await self._ask_all(wire.Heartbeat(engine_id=engine_id))
 
-    async def engine_lost(self, engine_id: str) -> int:
-        """Queues again what a dead engine held; returns how many rollouts that were."""
-        return sum(reply.value for reply in await self._ask_all(wire.EngineLost(engine_id=engine_id)))
+    async def engine_lost(self, engine_id: str, *, for_good: bool = False) -> int:
+        """Queues again what a dead engine held; returns how many rollouts that were. `for_good`: its id gets no lease any
+        more, and who asks for one under it gets EngineBarred."""
+        lost = wire.EngineLost(engine_id=engine_id, for_good=for_good)
+        return sum(reply.value for reply in await self._ask_all(lost))
 
     def _by_shard(self, items: Iterable[_T], rollout_id: Any) -> dict[int, list[_T]]:
         if self.shards == 1:

@@ -26,6 +26,7 @@ from asyncrl.buffer.errors import (
     BufferFault,
     BufferUnreachable,
     DiskFull,
+    EngineBarred,
     LeaseLost,
 )
 from asyncrl.buffer.keys import ClientKeys, secure_client
@@ -42,7 +43,9 @@ _LOOK_S = 0.25
 """How often an asynchronous connection looks for requests that have waited long enough."""
 _DISK_FULL_S = 900.0
 _DISK_FULL_PAUSE_S = 1.0
-_ERRORS: dict[str, type[BufferFault]] = {e.__name__: e for e in (LeaseLost, DiskFull, ArenaUnknown)}
+_ERRORS: dict[str, type[BufferFault]] = {
+    e.__name__: e for e in (LeaseLost, EngineBarred, DiskFull, ArenaUnknown)
+}
 Frames = list[bytes | memoryview]
 
 

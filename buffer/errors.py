@@ -19,12 +19,20 @@ class BadRequest(BufferFault):
     """The request cannot be carried out as it stands; the message says why."""
 
 
+class EngineBarred(BadRequest):
+    """An engine asks for work under an id that was given up as dead: it must end, another has its rollouts."""
+
+
 class ArenaUnknown(BufferFault):
     """A body is said to lie in an arena that the service does not know (any more): attach it again."""
 
 
 class DiskFull(BufferFault):
     """The log cannot grow: nothing new is taken until there is room again, and nothing is lost meanwhile."""
+
+
+class SnapshotUneven(BufferFault):
+    """The shards' snapshots of one step do not show one frontier, however often they were made."""
 
 
 class LogDamaged(BufferFault):

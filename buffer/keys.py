@@ -88,7 +88,12 @@ def read_server_keys(folder: Path) -> ServerKeys:
 
 def read_client_keys(folder: Path) -> ClientKeys:
     """Raises KeysRefused."""
-    return _read(folder / CLIENT_FILE, ClientKeys)
+    return read_client_file(folder / CLIENT_FILE)
+
+
+def read_client_file(path: Path) -> ClientKeys:
+    """A run's client keys under any name: the one file is all that a client elsewhere needs. Raises KeysRefused."""
+    return _read(path, ClientKeys)
 
 
 def _any_key(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Who holds which rollout, and what may happen to it next. Pure: facts in (with `now`), decisions out.
 
-Admission, leases and progress are decided here, batches in `batches`; `book` makes the changes, `accounts` recounts.
+Admission and progress are decided here, who gets which rollout in `leasing`, batches in `batches`; `book` makes the changes,
+`accounts` recounts.
 
 Invariants, checked at every commit:
 - Each admitted rollout is live or in exactly one terminal state:
@@ -23,7 +24,8 @@ from typing import NamedTuple
 from asyncrl.buffer import accounts, staleness
 from asyncrl.buffer.batches import Batches
 from asyncrl.buffer.book import Book
-from asyncrl.buffer.errors import BadRequest, LeaseLost
+from asyncrl.buffer.errors import BadRequest, EngineBarred, LeaseLost
+from asyncrl.buffer.leasing import UNKNOWN_ROOM, Leasing
 from asyncrl.buffer.records import (
     RETRY,
     Counts,
@@ -31,9 +33,11 @@ from asyncrl.buffer.records import (
     LedgerSettings,
     Rollout,
     Selection,
+    has_sampled,
 )
 from asyncrl.buffer.rows import StateRows
-from asyncrl.buffer.schema import State
+from asyncrl.buffer.schema import ENVIRONMENT, State
+from asyncrl.buffer.staleness import is_sampled
 
 _RECOUNT_EVERY = 16
 """Commits. The equation is checked at each; at these every live rollout is looked up too."""
@@ -46,6 +50,8 @@ class Prompt(NamedTuple):
     prompt_id: str
     position: int
     """In the frontier: each prompt that is drawn has the next one."""
+    tokens: int
+    """How many."""
 
 
 class Ledger:
@@ -54,7 +60,10 @@ class Ledger:
     def __init__(self, settings: LedgerSettings, book: Book | None = None) -> None:
         self.settings = settings
         self.book = book or Book(settings)
+        self._leasing = Leasing(self.book)
         self._batches = Batches(self.book)
+        self._barred: set[str] = set()
+        """Ids of engines that are dead for good: one for each death of a run."""
 
     @property
     def version(self) -> int:
@@ -93,7 +102,7 @@ class Ledger:
             # An id modulo the number of shards names its shard.
             ids = [(book.next_rollout + i) * shards + shard for i in range(size)]
             group_id = book.next_group * shards + shard
-            admitted.append(book.admit(group_id, ids, prompt.prompt_id, prompt.position))
+            admitted.append(book.admit(group_id, ids, prompt.prompt_id, prompt.position, prompt.tokens))
         book.note_admitted(group for group in admitted if group is not None)
         return admitted
 
@@ -107,58 +116,34 @@ class Ledger:
         after: int | None = None,
         *,
         next_batch_only: bool = False,
+        kv_free_tokens: int = UNKNOWN_ROOM,
+        request: int = 0,
     ) -> list[Rollout]:
         """Hands out up to `limit` queued rollouts, those nearest to their staleness deadline first, with their prefix.
 
         `after`: the last lease that the engine knows of. What it was given since did not reach it, and is given again.
         `next_batch_only` holds back all groups but those that the next batch needs (memory is short).
+        `kv_free_tokens`: room in the engine's KV cache; partial rollouts that are longer are passed over (`leasing`).
+        `request`: numbers the requests of the shard as they came, so that one that waits counts as one pass.
         """
-        book = self.book
-        if not book.serving:
-            return []
-        lost = self._undelivered(engine_id, after, now)
-        if lost:
-            return lost
-        allowed = self._next_batch() if next_batch_only else None
-        leased: list[Rollout] = []
-        passed: list[tuple[int, int, int]] = []
-        while book.queue and len(leased) < limit:
-            entry = heapq.heappop(book.queue)
-            rollout = book.rollouts.get(entry[2])
-            if (
-                rollout is None
-                or rollout.state is not State.QUEUED
-                or entry[0] != book.urgency(rollout.group)
-                or (leased and leased[-1] is rollout)  # queued twice at one place: the entries are neighbours
-            ):
-                continue
-            if allowed is not None and entry[1] not in allowed:
-                passed.append(entry)
-                if len(passed) > len(allowed):
-                    break
-                continue
-            leased.append(rollout)
-        for entry in passed:
-            heapq.heappush(book.queue, entry)
-        if leased:
-            book.lease(leased, engine_id, book.next_lease, now)
-        return leased
+        if engine_id in self._barred:
+            raise EngineBarred(
+                f"engine {engine_id} was given up as dead, and others have its rollouts: end it"
+            )
+        return self._leasing.lease(
+            engine_id,
+            limit,
+            now,
+            after,
+            next_batch_only=next_batch_only,
+            kv_free_tokens=kv_free_tokens,
+            request=request,
+        )
 
-    def _undelivered(self, engine_id: str, after: int | None, now: float) -> list[Rollout]:
-        engine = self.book.engines.get(engine_id)
-        if after is None or engine is None or engine.last_lease_id <= after:
-            return []
-        lost = [r for r in self.book.rollouts.values() if r.lease_id > after and r.engine_id == engine_id]
-        for rollout in lost:
-            rollout.touched = now
-        engine.last_lease_id = max((r.lease_id for r in lost), default=after)
-        return lost
-
-    def _next_batch(self) -> set[int]:
-        """The groups that can make the next batch soonest: the most urgent B that were not handed over."""
-        book = self.book
-        waiting = ((book.urgency(g), g.group_id) for g in book.groups.values() if not g.batch_id)
-        return {group_id for _, group_id in heapq.nsmallest(self.settings.prompts_per_step, waiting)}
+    @property
+    def held_back(self) -> bool:
+        """The last `lease` passed over what another engine may get."""
+        return self._leasing.held_back
 
     def heartbeat(self, engine_id: str, now: float) -> None:
         """The engine lives: its leases run on. One that never leased has none, and leaves no record."""
@@ -188,8 +173,14 @@ class Ledger:
         rollout = self._held(rollout_id, lease_id, _HELD)
         self.book.requeue(rollout, "released", rollout.attempts)
 
-    def release_engine(self, engine_id: str) -> int:
-        """The engine is gone; everything that it held goes back. Returns how many rollouts that were."""
+    def release_engine(self, engine_id: str, *, for_good: bool = False) -> int:
+        """The engine is gone; everything that it held goes back. Returns how many rollouts that were.
+
+        `for_good`: nothing is leased under its id any more. Without that a process that is cut off from those who watch
+        it, and not from here, would take what was just freed, and nobody would know that it has it.
+        """
+        if for_good:
+            self._barred.add(engine_id)
         held = [r for r in self.book.rollouts.values() if r.lease_id and r.engine_id == engine_id]
         for rollout in held:
             self.book.requeue(rollout, "engine lost", rollout.attempts)
@@ -220,14 +211,14 @@ class Ledger:
                 f"segment of rollout {rollout_id} starts at token {start}, expected {length} "
                 f"(state {rollout.state.name}): send segments in order, each once"
             )
-        if not 0 <= version <= self.book.version + 1:
+        if not ENVIRONMENT <= version <= self.book.version + 1:
             raise BadRequest(
                 f"segment of rollout {rollout_id} has version {version}, published is {self.book.version}: "
                 "engines sample at a published version, or at the one that is being published"
             )
-        if finish_reason and not length + tokens:
+        if finish_reason and not (tokens and is_sampled(version)) and not has_sampled(rollout.spans):
             raise BadRequest(
-                f"rollout {rollout_id} finished without a token: an answer has at least its stop token"
+                f"rollout {rollout_id} finished without a sampled token: an answer has at least its stop token"
             )
         rollout.touched = now
         if tokens:

@@ -14,13 +14,15 @@ import pyarrow as pa
 
 from asyncrl.buffer import wire
 from asyncrl.buffer.connection import Answer, BlockingConnection, BufferAddress
+from asyncrl.buffer.errors import SnapshotUneven
 from asyncrl.buffer.handover import FilesUnreadable, LogFiles, arrive, split
 from asyncrl.buffer.records import Counts, Selection, merge
 from asyncrl.buffer.reports import add_counts, add_reports
 
 logger = logging.getLogger(__name__)
 
-_FREEZE_S = 30.0
+_FREEZES_S = (30.0, 60.0, 120.0)
+"""Of each try: what was too short is doubled. A reader that dies leaves the shards frozen for as long."""
 _SNAPSHOT_S = 120.0
 
 
@@ -105,12 +107,25 @@ class BlockingBufferClient:
     def snapshot(self, step: int, keep: tuple[int, ...] = ()) -> wire.Snapshotted:
         """Ties the buffer's state to a learner checkpoint of `step`; of the others those in `keep` stay.
 
-        No prompt is admitted between the first shard's snapshot and the last one's: they show one frontier.
+        No prompt is admitted between the first shard's snapshot and the last one's: they show one frontier. A freeze does
+        not outlive its shard's process, nor its time, and then a prompt before the furthest frontier could be in no
+        snapshot. So the frontiers are compared, and where one has moved all is done again. Raises SnapshotUneven in the end.
         """
-        if len(self._shards) > 1:
-            self._ask_all(wire.Freeze(seconds=_FREEZE_S))
-        replies = self._ask_all(wire.Snapshot(step=step, keep=list(keep)), _SNAPSHOT_S)
-        return _one(replies)
+        request = wire.Snapshot(step=step, keep=list(keep))
+        if len(self._shards) == 1:
+            return self.ask(0, request, _SNAPSHOT_S)  # type: ignore[no-any-return]
+        for freeze_s in _FREEZES_S:
+            frozen = [reply.frontier for reply in self._ask_all(wire.Freeze(seconds=freeze_s))]
+            replies = self._ask_all(request, _SNAPSHOT_S)
+            taken = [reply.frontier for reply in replies]
+            if taken == frozen:
+                return _one(replies)
+            logger.warning("snapshot of step %d: frontiers %s have become %s", step, frozen, taken)
+        raise SnapshotUneven(
+            f"snapshot of step {step}: expected the shards' frontiers to stay at {frozen} for {freeze_s:g} s, they came to {taken} "
+            f"in the last of {len(_FREEZES_S)} tries: shards start again and again (see their logs), or their disk takes longer "
+            "than that. Restore an earlier step; this one would leave prompts out"
+        )
 
     def restore(self, step: int) -> wire.Snapshotted:
         """Back to the state at `step`: what was trained since is trainable again, what was admitted since will be admitted

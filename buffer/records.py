@@ -17,7 +17,12 @@ from asyncrl.buffer.config import BufferConfig, StalenessConfig
 from asyncrl.buffer.schema import State
 
 Spans = list[tuple[int, int]]
-"""(version, tokens), in order of sampling."""
+"""(version, tokens), in order; the version of the environment's tokens is `schema.ENVIRONMENT`."""
+
+
+def has_sampled(spans: Spans) -> bool:
+    """Whether a token of these is the model's."""
+    return any(staleness.is_sampled(version) for version, _ in spans)
 
 
 class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,14 +79,25 @@ class Group:
     prompt_id: str
     position: int
     """Of its prompt in the frontier."""
+    prompt_tokens: int
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     """Those that are not closed."""
     oldest_version: int | None = None
-    """Version of the oldest token of any of its rollouts; None before the first."""
+    """Version of the oldest sampled token of any of its rollouts; None before the first."""
     newest_version: int = -1
     scored: int = 0
     batch_id: int = 0
     """Of the batch that it was handed over in; 0 before."""
+
+
+@dataclass(slots=True)
+class Passed:
+    """A queued rollout was passed over: its context did not fit into engines that asked."""
+
+    times: int
+    since: float
+    request: int
+    """The newest that passed it over."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +117,8 @@ class Rollout:
     completed_version: int = -1
     finish_reason: str = ""
     reward: float = 0.0
+    passed: Passed | None = None
+    """While it is queued. Not in the log: after a crash it is counted anew."""
 
 
 @dataclass(slots=True)
@@ -108,6 +126,8 @@ class EngineRecord:
     seen: float
     """Its last heartbeat or lease. (What it appends keeps the one lease alive: `Rollout.touched`.)"""
     last_lease_id: int = 0
+    generating: int = 0
+    """Rollouts that it has leased and not completed."""
 
 
 class Transition(NamedTuple):
@@ -126,7 +146,7 @@ class Transition(NamedTuple):
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """A run of tokens of one rollout at one version, on its way from an engine."""
+    """A run of tokens of one rollout at one version (or `schema.ENVIRONMENT`), on its way from an engine."""
 
     rollout_id: int
     lease_id: int
@@ -192,8 +212,9 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """Over trainable tokens, in versions."""
     in_flight_mean: float
     in_queue_mean: float
-    """Over all tokens, in versions: ageing while it was sampled, and while it waited."""
+    """Over all sampled tokens, in versions: ageing while it was sampled, and while it waited."""
     tokens: int
+    """Sampled; those of the environment are not counted."""
     trainable_tokens: int
 
 

@@ -179,7 +179,7 @@ class _Fold:
             strict=True,
         )
         for group_id, rollout_ids, prompt_id, position, tokens, payload in rows:
-            self._book.admit(group_id, rollout_ids, prompt_id, position)
+            self._book.admit(group_id, rollout_ids, prompt_id, position, len(tokens))
             # A copy: the map of a prompt file is not to be held for one prompt.
             prompt = Prompt(tokens.copy(), payload)
             self._columns.put_prompt(group_id, prompt, rollout_ids)

@@ -40,6 +40,8 @@ def add_reports(parts: Sequence[Report]) -> Report:
         memory_bytes=sum(p.memory_bytes for p in parts),
         held_bytes=sum(p.held_bytes for p in parts),
         disk_full="; ".join(p.disk_full for p in parts if p.disk_full),
+        rotations=sum(p.rotations for p in parts),
+        longest_rotation_s=max(p.longest_rotation_s for p in parts),
         recovery=_recovery([p.recovery for p in parts if p.recovery]),
     )
 

@@ -1,8 +1,9 @@
 """From the rows of the log to one row per rollout: the joins behind `reading.rollouts_table`. Pure, in numpy.
 
 A rollout's tokens are what its segments leave standing: each segment replaces everything from its `start` on, and a
-failed attempt that is tried again takes all of them with it. What the log no longer holds whole is null. There is no loop
-over rows or tokens: one stable sort by rollout, then operations on whole columns.
+failed attempt that is tried again takes all of them with it. What the log no longer holds whole is null. Tokens of the
+environment are part of the answer, but no version is its first or last by them. There is no loop over rows or tokens: one
+stable sort by rollout, then operations on whole columns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from asyncrl.buffer.arrow_message import offsets_of
-from asyncrl.buffer.schema import LOGPROBS, TOKENS, State
+from asyncrl.buffer.schema import ENVIRONMENT, LOGPROBS, TOKENS, State
 
 Ints = np.ndarray  # int64 unless said otherwise
 Flags = np.ndarray  # bool
@@ -44,6 +45,7 @@ def rollout_columns(
         "attempts": lives.last("attempts"),
         "engines": lives.engines(),
         "tokens_count": counts,
+        "environment_tokens": pa.array(answers.environment_counts, pa.int32(), mask=answers.missing),
         "first_version": answers.first_version,
         "last_version": answers.last_version,
         "batch_id": lives.where_last("batch_id", _IN_BATCH),
@@ -139,10 +141,13 @@ class Answers(NamedTuple):
     """int32"""
     counts: Ints
     """Tokens of each rollout; 0 where they are missing."""
+    environment_counts: Ints
+    """Those of them that are the environment's."""
     missing: Flags
     """Rollouts of whose answer the log lost a part."""
     finish_reason: pa.Array
     first_version: pa.Array
+    """Of the sampled tokens, as is `last_version`."""
     last_version: pa.Array
 
     def lists(self, flat: np.ndarray, kind: pa.ListType) -> pa.ListArray:
@@ -166,15 +171,18 @@ def _answers(segments: pa.Table, lives: Lives) -> Answers:
     filled = kept > 0
     rows, place, kept = rows[filled], place[filled], kept[filled]
     versions = segments["version"].to_numpy()[rows]
+    sampled = versions != ENVIRONMENT
+    known, known_place = pa.array(versions[sampled]), place[sampled]
     return Answers(
         rows=rows,
         row_counts=kept,
         row_versions=versions,
         counts=np.bincount(place, kept, len(lives.ids)).astype(np.int64),
+        environment_counts=np.bincount(place[~sampled], kept[~sampled], len(lives.ids)).astype(np.int64),
         missing=missing,
         finish_reason=pc.if_else(pa.array(missing), pa.scalar(None, pa.string()), finish),
-        first_version=_take(pa.array(versions), _first_of(place, len(lives.ids))),
-        last_version=_take(pa.array(versions), _last_of(place, len(lives.ids))),
+        first_version=_take(known, _first_of(known_place, len(lives.ids))),
+        last_version=_take(known, _last_of(known_place, len(lives.ids))),
     )
 
 

@@ -4,9 +4,11 @@ Words
 -----
 prompt    what is asked; its tokens never change once admitted
 rollout   one sampled answer to a prompt
-segment   a run of tokens of one rollout, sampled by one engine at one version
+segment   a run of tokens of one rollout, sampled by one engine at one version, or given by the environment
 group     the rollouts of one prompt
 version   count of published weight updates; version 0 is the model that the run started from
+origin    who a token is from: the model (its version is the weights') or the environment (its version is `ENVIRONMENT`)
+turn      what the model samples in one go, up to a stop token; the environment answers it or ends the rollout
 lease     an engine's right to continue one rollout; every append names its lease, and a lost lease can append no more
 slot      one concurrent rollout in an engine
 engine    one inference engine, of whatever number of devices
@@ -17,7 +19,8 @@ hand-over the moment a batch leaves the buffer for the learner; staleness is mea
 frontier  the walk through the prompts; a prompt's position in it never changes
 shard     one process of the buffer; a group lives in the shard that its id names (id modulo shards)
 
-Tokens are int32, logprobs float32, versions int32. A token's logprob is the behaviour policy's, as the engine sampled it.
+Tokens are int32, logprobs float32, versions int32. A token's logprob is the behaviour policy's, as the engine sampled it;
+that of an environment's token is 0: nobody sampled it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ import enum
 from typing import Final
 
 import pyarrow as pa
+
+ENVIRONMENT: Final = -1
+"""Version of tokens that no model sampled. They are context: never trained, without an age."""
 
 
 class State(enum.IntEnum):
@@ -57,8 +63,8 @@ BATCH: Final = _schema(
     ("prompt_tokens", TOKENS),
     ("tokens", TOKENS),
     ("logprobs", LOGPROBS),
-    ("versions", TOKENS),  # per token
-    ("trainable", FLAGS),  # per token: false where the token is past the staleness bound
+    ("versions", TOKENS),  # per token; ENVIRONMENT where it is the environment's
+    ("trainable", FLAGS),  # per token: false where it is past the staleness bound or the environment's
     ("reward", pa.float32()),
     ("finish_reason", pa.string()),
 )

@@ -25,17 +25,17 @@ from asyncrl.buffer import wire
 from asyncrl.buffer.accounts import by_state
 from asyncrl.buffer.arena import ArenaRefused, AttachedArena
 from asyncrl.buffer.config import BufferConfig
-from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, LeaseLost
+from asyncrl.buffer.errors import ArenaUnknown, BadRequest, DiskFull, EngineBarred, LeaseLost
 from asyncrl.buffer.keys import Authenticator, ServerKeys, secure_server
 from asyncrl.buffer.records import LedgerSettings
 from asyncrl.buffer.shard import Body, Handover, Shard
 from asyncrl.buffer.staleness import coarse
-from asyncrl.buffer.waiting import Waiting, WaitingRoom
+from asyncrl.buffer.waiting import Look, Waiting, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
-"""Longest sleep of the loop: how late a lease may be taken back."""
+"""Longest sleep of the loop: how late a lease may be taken back, or a request that waits get what others passed over."""
 _BURST = 512
 """Requests taken before the log is written and they are answered."""
 _IDLE_ARENA_S = 600.0
@@ -200,12 +200,12 @@ class BufferService:
                 self._reply(*waiting.key, _empty(waiting.request))
             self._count_wait(waiting, now)
 
-    def _attempt(self, waiting: Waiting) -> bool:
-        """Whether the request is answered, if only by an error."""
+    def _attempt(self, waiting: Waiting) -> Look:
         try:
-            answer = self._shard.attempt(waiting.request, waiting.body)
+            answer = self._shard.attempt(waiting.request, waiting.body, waiting.number)
             if answer is None:
-                return False
+                passed = isinstance(waiting.request, wire.Lease) and self._shard.ledger.held_back
+                return Look.NOT_FOR_IT if passed else Look.NOTHING
             if isinstance(answer, Handover):
                 self._hand_over(waiting, answer)
             else:
@@ -213,9 +213,9 @@ class BufferService:
         except (BadRequest, LeaseLost) as problem:
             self._refuse(*waiting.key, problem)
         except DiskFull:
-            return False  # the commit of this round meets it too; what was given away is given again
+            return Look.NOTHING  # the commit of this round meets it too; what was given away is given again
         self._count_wait(waiting, self._clock())
-        return True
+        return Look.ANSWERED
 
     def _count_wait(self, waiting: Waiting, now: float) -> None:
         self._waited_s[_WAITS[type(waiting.request)]] += now - waiting.since
@@ -255,7 +255,7 @@ class BufferService:
 
     def _refuse(self, address: bytes, request_id: bytes, problem: Exception) -> None:
         kind = type(problem).__name__
-        if not isinstance(problem, LeaseLost | DiskFull | ArenaUnknown):
+        if not isinstance(problem, LeaseLost | DiskFull | ArenaUnknown | EngineBarred):
             kind = BadRequest.__name__
         self._reply(address, request_id, wire.Problem(kind=kind, message=str(problem)))
 
@@ -311,6 +311,8 @@ class BufferService:
             memory_bytes=self._memory_bytes,
             held_bytes=files.held_bytes,
             disk_full=self._disk_full,
+            rotations=self._shard.rotations,
+            longest_rotation_s=self._shard.longest_rotation_s,
             recovery=self._shard.store.recovery,
         )
 

@@ -24,6 +24,7 @@ from asyncrl.buffer.ledger import Ledger
 from asyncrl.buffer.ledger import Prompt as Asked
 from asyncrl.buffer.log import SegmentRows
 from asyncrl.buffer.records import Group, LedgerSettings, Rollout, Selection
+from asyncrl.buffer.staleness import oldest_trainable
 from asyncrl.buffer.store import SnapshotFile, Store
 from asyncrl.buffer.token_files import Piece
 
@@ -58,6 +59,7 @@ class Shard:
         self._host = boot_id()
         self._frozen_until = 0.0
         self._rotate_after = 0.0
+        self.rotations, self.longest_rotation_s = 0, 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -80,8 +82,8 @@ class Shard:
             case wire.Heartbeat(engine_id=engine_id):
                 self.ledger.heartbeat(engine_id, self._clock())
                 return wire.Number(value=0)
-            case wire.EngineLost(engine_id=engine_id):
-                return wire.Number(value=self.ledger.release_engine(engine_id))
+            case wire.EngineLost(engine_id=engine_id, for_good=for_good):
+                return wire.Number(value=self.ledger.release_engine(engine_id, for_good=for_good))
             case wire.Commit(batch_id=batch_id, version=version):
                 return wire.Balance(counts=self.ledger.commit(batch_id, version))
             case wire.Publish(version=version):
@@ -89,7 +91,7 @@ class Shard:
                 return wire.Number(value=version)
             case wire.Freeze(seconds=seconds):
                 self._frozen_until = self._clock() + seconds
-                return wire.Number(value=0)
+                return wire.Frozen(frontier=self.ledger.book.frontier)
             case wire.Snapshot(step=step, keep=keep):
                 return self._snapshot(step, keep)
             case wire.Restore(step=step):
@@ -194,8 +196,8 @@ class Shard:
 
     # ---- requests that wait ------------------------------------------------------------------------------------
 
-    def attempt(self, request: wire.Waits, body: Body) -> wire.Reply | Handover | None:
-        """The answer, if there is one now."""
+    def attempt(self, request: wire.Waits, body: Body, number: int = 0) -> wire.Reply | Handover | None:
+        """The answer, if there is one now. `number` tells requests of this process apart: this one is looked at again."""
         match request:
             case wire.Capacity():
                 capacity = 0 if self._clock() < self._frozen_until else self.ledger.capacity
@@ -209,6 +211,8 @@ class Shard:
                     self._clock(),
                     request.after,
                     next_batch_only=self.store.files.is_full,
+                    kv_free_tokens=request.kv_free_tokens,
+                    request=number,
                 )
                 return wire.Leases(rollouts=[self._leased(r) for r in rollouts]) if rollouts else None
             case wire.ReadBatch(after=after):
@@ -229,7 +233,7 @@ class Shard:
             raise BadRequest(
                 f"admission: {len(body)} bytes of tokens, the lengths say {4 * sum(request.lengths)}"
             )
-        groups = self.ledger.admit(list(map(Asked, request.prompt_ids, request.positions)))
+        groups = self.ledger.admit(list(map(Asked, request.prompt_ids, request.positions, request.lengths)))
         flat, at = np.frombuffer(bytes(body), np.int32), 0
         for group, payload, length in zip(groups, request.payloads, request.lengths, strict=True):
             first, at = at, at + length
@@ -250,6 +254,7 @@ class Shard:
             self._prefix(rollout) if rollout.length else b"",
             rollout.finish_reason,
             prompt.payload,
+            list(rollout.spans),
         )
 
     def _prefix(self, rollout: Rollout) -> bytes:
@@ -260,7 +265,7 @@ class Shard:
 
     def _batch(self, selection: Selection) -> Handover:
         rollouts = [self.ledger.book.rollouts[r] for r in selection.rollout_ids]
-        oldest = selection.version - self._settings.max_staleness_versions
+        oldest = oldest_trainable(selection.version, self._settings.max_staleness_versions)
         columns = self.store.columns
         pieces = [piece for rollout_id in selection.rollout_ids for piece in columns.answers[rollout_id]]
         return Handover(selection, pieces, lay_out(rollouts, pieces, columns, oldest))
@@ -317,11 +322,15 @@ class Shard:
             self._rotate()
 
     def _rotate(self) -> None:
+        began = self._clock()
         try:
             self.store.rotate_log()
         except DiskFull as error:
             self._rotate_after = self._clock() + _ROTATE_AGAIN_S
             logger.warning("the log's next file waits: %s", error)
+            return
+        self.rotations += 1
+        self.longest_rotation_s = max(self.longest_rotation_s, self._clock() - began)
 
     # ---- snapshots ---------------------------------------------------------------------------------------------
 

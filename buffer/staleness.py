@@ -1,7 +1,8 @@
 """The one definition of staleness, and every rule that follows from it. Pure.
 
 staleness(token) = version at hand-over - version of the token          (versions; 0 = on policy)
-A token is trainable when 0 <= staleness <= K, with K = `max_staleness_versions`.
+A token is trainable when 0 <= staleness <= K, with K = `max_staleness_versions`, and a model sampled it. The tokens of an
+environment (version `schema.ENVIRONMENT`) have no age: no deadline follows from them, and no figure here counts them.
 
 One batch of B groups (`prompts_per_step`) makes one version. From that follow:
 - Pacing. With H groups held (admitted, not terminal, the ones in training included) a group admitted now is handed
@@ -19,14 +20,27 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from asyncrl.buffer.schema import ENVIRONMENT
+
 
 def staleness(handover_version: int, token_version: int) -> int:
     """Versions that were published between sampling a token and handing it over."""
     return handover_version - token_version
 
 
+def is_sampled(token_version: int) -> bool:
+    """Whether the token is a model's, and not the environment's."""
+    return token_version != ENVIRONMENT
+
+
 def is_trainable(handover_version: int, token_version: int, max_staleness_versions: int) -> bool:
-    return 0 <= staleness(handover_version, token_version) <= max_staleness_versions
+    age = staleness(handover_version, token_version)
+    return is_sampled(token_version) and 0 <= age <= max_staleness_versions
+
+
+def oldest_trainable(handover_version: int, max_staleness_versions: int) -> int:
+    """A token of that version or a later one is trainable; never so low that an environment's token would be."""
+    return max(ENVIRONMENT + 1, handover_version - max_staleness_versions)
 
 
 def admission_capacity(held_groups: int, prompts_per_step: int, max_staleness_versions: int) -> int:
@@ -75,7 +89,7 @@ def drops_by_length_decile(lengths: Mapping[int, int], dropped: Mapping[int, int
 
 
 class Ageing(NamedTuple):
-    """Of the tokens of a batch. Sums are in versions x tokens."""
+    """Of the sampled tokens of a batch. Sums are in versions x tokens."""
 
     tokens_by_staleness: dict[int, int]
     in_flight: int
@@ -91,6 +105,8 @@ def ageing(handover_version: int, answers: Iterable[tuple[int, Sequence[tuple[in
     for completed_version, spans in answers:
         in_queue_each = handover_version - completed_version
         for token_version, tokens in spans:
+            if not is_sampled(token_version):
+                continue
             by_staleness[handover_version - token_version] += tokens
             in_flight += (completed_version - token_version) * tokens
             in_queue += in_queue_each * tokens

@@ -1,15 +1,18 @@
 """Requests that could not be answered yet, in the order in which they came, by kind. Pure.
 
-Of one kind all wait for the same thing, so once one of them gets nothing the rest need not be asked: with a thousand engines
-waiting for work the loop looks at one. A request that came just now is looked at in any case (it may be owed what an answer
+Of one kind all wait for the same thing, so once there is nothing for one of them the rest need not be asked: with a thousand
+engines waiting for work the loop looks at one. Where there is something, and not for this one (its engine has no room for it),
+the next is asked. A request that came just now is looked at in any case (it may be owed what an answer
 before it gave away). There is room for a fixed number: past it the newest is refused. Called by `service`.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from asyncrl.buffer import wire
 from asyncrl.buffer.errors import BadRequest
@@ -20,6 +23,14 @@ Key = tuple[bytes, bytes]
 """(address, request id)"""
 
 
+class Look(Enum):
+    """What came of looking at a request."""
+
+    ANSWERED = "if only by an error: its wait is over"
+    NOTHING = "nor is there anything for others of its kind"
+    NOT_FOR_IT = "others of its kind may get something"
+
+
 @dataclass(slots=True)
 class Waiting:
     key: Key
@@ -27,12 +38,15 @@ class Waiting:
     body: bytes | memoryview
     since: float
     deadline: float
+    number: int
+    """As they came, from 1 on; a request that comes once more keeps its own."""
     is_new: bool = True
 
 
 class WaitingRoom:
     def __init__(self) -> None:
         self._by_kind: dict[type[wire.Waits], dict[Key, Waiting]] = {}
+        self._numbers = itertools.count(1)
         self._new: dict[Key, Waiting] = {}
         """By key: while the disk is full none is looked at, and each is asked again every second."""
         self._deadlines: list[tuple[float, Key, type[wire.Waits]]] = []
@@ -53,8 +67,8 @@ class WaitingRoom:
                 f"{MOST_WAITING:,} requests wait at this shard already, and it keeps no more: {type(request).__name__} was "
                 "refused; let each asker wait for its answer before it asks for more"
             )
-        since = first.since if first else now
-        waiting = kind[key] = Waiting(key, request, body, since, since + request.timeout_s)
+        since, number = (first.since, first.number) if first else (now, next(self._numbers))
+        waiting = kind[key] = Waiting(key, request, body, since, since + request.timeout_s, number)
         self._new[key] = waiting
         if first is None or waiting.deadline != first.deadline:
             heapq.heappush(self._deadlines, (waiting.deadline, key, type(request)))
@@ -62,17 +76,20 @@ class WaitingRoom:
             self._deadlines = [(w.deadline, w.key, type(w.request)) for w in self]
             heapq.heapify(self._deadlines)
 
-    def serve(self, attempt: Callable[[Waiting], bool]) -> None:
-        """Calls `attempt` for those that may get something now; it says whether it answered, which ends the wait."""
+    def serve(self, attempt: Callable[[Waiting], Look]) -> None:
+        """Calls `attempt` for those that may get something now."""
         for kind in self._by_kind.values():
             for waiting in list(kind.values()):
-                if not attempt(waiting):
+                look = attempt(waiting)
+                if look is Look.NOTHING:
                     break
-                del kind[waiting.key]
+                if look is Look.ANSWERED:
+                    del kind[waiting.key]
         new, self._new = self._new, {}
         for waiting in new.values():
             kind = self._by_kind[type(waiting.request)]
-            if kind.get(waiting.key) is waiting and waiting.is_new and attempt(waiting):
+            is_there = kind.get(waiting.key) is waiting and waiting.is_new
+            if is_there and attempt(waiting) is Look.ANSWERED:
                 del kind[waiting.key]
             waiting.is_new = False
 

@@ -17,11 +17,14 @@ import msgspec
 
 from asyncrl.buffer.arena import ArenaLocation, Region
 from asyncrl.buffer.handover import Layout, Places
+from asyncrl.buffer.leasing import UNKNOWN_ROOM
 from asyncrl.buffer.records import Counts, Recovery, Selection
+from asyncrl.buffer.schema import ENVIRONMENT
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _Int32 = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Origin = Annotated[int, msgspec.Meta(ge=ENVIRONMENT, le=2**31 - 1)]
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
@@ -52,13 +55,16 @@ class Admit(_Request, frozen=True, kw_only=True, tag="admit"):
 
 
 class Lease(_Request, frozen=True, kw_only=True, tag="lease"):
-    """Up to `limit` rollouts to work on; waits until there is one. -> Leases"""
+    """Up to `limit` rollouts to work on; waits until there is one for this engine. -> Leases"""
 
     engine_id: str
     limit: Annotated[int, msgspec.Meta(ge=1, le=65536)]
     after: _Id
     """The last lease that this engine got from this shard; 0 before the first."""
     timeout_s: Seconds
+    kv_free_tokens: Annotated[int, msgspec.Meta(ge=UNKNOWN_ROOM, le=2**63 - 1)] = UNKNOWN_ROOM
+    """Tokens that fit into the engine's KV cache beside what it holds: partial rollouts that are longer go to others for
+    as long as `leasing` says. -1: not known, any will do."""
 
 
 class Append(_Request, frozen=True, kw_only=True, tag="append"):
@@ -69,7 +75,8 @@ class Append(_Request, frozen=True, kw_only=True, tag="append"):
     lease_ids: list[_Id]
     starts: list[_Int32]
     """Index of the segment's first token within the rollout's answer."""
-    versions: list[_Int32]
+    versions: list[_Origin]
+    """Of the weights that sampled the segment; `schema.ENVIRONMENT` where its tokens are the environment's."""
     lengths: list[_Int32]
     finish_reasons: list[str]
     """"" while the rollout goes on, "stop" or "length" on its last segment, which may be empty."""
@@ -115,6 +122,8 @@ class EngineLost(_Request, frozen=True, kw_only=True, tag="engine_lost"):
     """The engine is dead: what it held is queued again at once. -> Number (rollouts)"""
 
     engine_id: str
+    for_good: bool = False
+    """No lease goes out under this id any more, should its process live on somewhere."""
 
 
 class ReadBatch(_Request, frozen=True, kw_only=True, tag="read_batch"):
@@ -141,7 +150,7 @@ class Publish(_Request, frozen=True, kw_only=True, tag="publish"):
 
 
 class Freeze(_Request, frozen=True, kw_only=True, tag="freeze"):
-    """Admit no prompt for so long, or until the next snapshot: all shards' snapshots show one frontier. -> Number (0)"""
+    """Admit no prompt for so long, or until the next snapshot: all shards' snapshots show one frontier. -> Frozen"""
 
     seconds: Seconds
 
@@ -223,6 +232,8 @@ class Leased(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str
     """Not "" when all tokens are there and only the score is missing."""
     payload: str
+    spans: list[tuple[int, int]]
+    """Of `tokens`: (version, tokens) of each run, `schema.ENVIRONMENT` where they are the environment's."""
 
 
 class Leases(_Reply, frozen=True, kw_only=True, tag="leases"):
@@ -243,6 +254,11 @@ class Batch(_Reply, frozen=True, kw_only=True, tag="batch"):
 
 class Balance(_Reply, frozen=True, kw_only=True, tag="balance"):
     counts: Counts
+
+
+class Frozen(_Reply, frozen=True, kw_only=True, tag="frozen"):
+    frontier: int
+    """As it stands; a snapshot that has another one was made after the freeze was lost (a restart) or over."""
 
 
 class Snapshotted(_Reply, frozen=True, kw_only=True, tag="snapshotted"):
@@ -275,6 +291,10 @@ class Report(_Reply, frozen=True, kw_only=True, tag="report"):
     """Tokens and logprobs of live rollouts, which lie in the log's files."""
     disk_full: str
     """What the log's disk said, while it has no room."""
+    rotations: int
+    """Files of the log that were begun since the start because the one before was full."""
+    longest_rotation_s: float
+    """Requests wait meanwhile."""
     recovery: Recovery | None
     """What was found in the log at the start, where there was one."""
 
@@ -286,7 +306,19 @@ class Problem(_Reply, frozen=True, kw_only=True, tag="problem"):
     message: str
 
 
-Reply = Attached | Number | Admitted | Leases | Refused | Batch | Balance | Snapshotted | Report | Problem
+Reply = (
+    Attached
+    | Number
+    | Admitted
+    | Leases
+    | Refused
+    | Batch
+    | Balance
+    | Frozen
+    | Snapshotted
+    | Report
+    | Problem
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

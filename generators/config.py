@@ -1,14 +1,18 @@
-"""Settings of what makes rollouts: prompts, sampling, pools of engines, rewards."""
+"""Settings of what makes rollouts: prompts, sampling, environment, pools of engines, rewards."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from asyncrl.generators.fake_speech import Lengths
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
+WORKER_MEMORY_BYTES = 2 * 2**30
+"""What functions import at their module's level is not counted; importing torch while answering takes 0.6 GiB of it."""
 AUTO_START = 8
 """Slots per engine with which `concurrency = "auto"` begins."""
 
@@ -44,6 +48,38 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """A segment is sent to the buffer after so many tokens at the latest: what a crash may lose of one rollout."""
 
 
+class EnvironmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[environment]`: what answers the model between its turns (`docs/environments.md`)."""
+
+    function: str = "single_turn"
+    """`single_turn` (the first turn is the answer), `calculator`, or an import path `package.module:factory`."""
+    settings: dict[str, Any] = {}
+    """Given to the factory."""
+    max_turns: Positive = 8
+    """Turns of the model; after so many the environment is not asked any more and the rollout ends."""
+    timeout_s: PositiveSeconds = 10.0
+    """One reply may take so long; then its worker is killed and the rollout fails with that reason."""
+    workers: Positive = 1
+    """Worker processes per engine."""
+    memory_bytes: NonNegative = WORKER_MEMORY_BYTES
+    """Address space that a worker may take on top of what loading the environment took; 0: no limit."""
+    stop_tokens: list[str] = []
+    """Texts of further tokens that end a turn; each is one token of the model's tokenizer."""
+
+
+class FakeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[pools.fake]`: how engines with `engine = "fake"` behave."""
+
+    step_s: Annotated[float, msgspec.Meta(ge=0)] = 0.002
+    """One decode step."""
+    tokens_per_step: Positive = 1
+    """For each rollout at work."""
+    lengths: Lengths = Lengths()
+    """Of the answers."""
+    kv_capacity_tokens: Positive = 2**24
+    """What its KV cache would hold; past it rollouts are preempted."""
+
+
 class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One `[[pools]]` entry: engines of one shape."""
 
@@ -54,6 +90,7 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The run begins when so many are up, and the others join when machines have room for them. 0: all of `engines`."""
     engine: Literal["vllm", "fake"] = "vllm"
     """`fake` is the deterministic engine of the tests; it speaks nonsense at a set speed."""
+    fake: FakeConfig = FakeConfig()
     device: Literal["cpu", "cuda"] = "cuda"
     concurrency: Positive | Literal["auto"] = 64
     """Slots per engine: how many rollouts it works on at once. `auto`: as KV cache, learner and staleness allow."""
@@ -102,3 +139,5 @@ class RewardsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """One answer's scoring may take so long; then its worker is killed and the rollout fails with that reason."""
     workers: Positive = 1
     """Worker processes per engine."""
+    memory_bytes: NonNegative = WORKER_MEMORY_BYTES
+    """Address space that a worker may take on top of what loading the functions took; 0: no limit."""

@@ -3,8 +3,10 @@
 Invariants that `tests/contract` holds every engine to:
 - `generate` yields each sampled token exactly once, in order, with the logprob under the distribution it was sampled
   from (temperature applied) and the version of the weights that sampled it, stamped by the engine.
-- The last chunk, and only the last, carries a finish reason. `abort` ends a stream with the tokens sampled so far.
-- `apply` takes new weights between two decode steps; requests in flight go on with their KV cache (`keep`).
+- The last chunk, and only the last, carries a finish reason. `abort` ends a stream with the tokens sampled so far, and
+  before a stream raises `EngineDead` it yields what the engine had sent by then.
+- `apply` takes new weights between two decode steps; requests in flight go on, with their KV cache or with one computed
+  anew, as the engine's `in_flight` policy says (`in_flight`). Their callers see no more of it than the versions.
 - A request admitted after `apply(v)` never reads KV that other weights than v wrote.
 Called from one event loop.
 """
@@ -22,7 +24,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One rollout, or what is left of it. `tokens` is the prompt and every token sampled so far."""
+    """One rollout, or what is left of it. `tokens` is the prompt and every token of the answer so far."""
 
     request_id: str
     tokens: list[int]
@@ -30,6 +32,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
     """0 is greedy (evaluation); logprobs are then those of temperature 1."""
     stop_token_ids: tuple[int, ...]
+    answered_tokens: int = 0
+    """How many of `tokens` at their end were sampled of this turn before; tells how much is to be expected yet."""
+    chunk_tokens: int = 1
+    """The stream may hold tokens back until so many are there: whoever wants few large chunks saves time."""
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +53,23 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     """-1 before the first weights."""
     running: int
+    """Requests that the engine has, waiting ones included."""
+    waiting: int
+    """Requests of these that compute nothing now, for lack of KV cache or of a place in the batch."""
     generated_tokens: int
+    preemptions: int
+    """How often a request lost its KV cache for lack of room, and had it computed anew later."""
+    kv_capacity_tokens: int
+    """Tokens that the KV cache holds."""
+    kv_free_tokens: int
+    """Tokens that fit in beside those of the requests at work; an idle prefix cache counts as free."""
     kv_used_fraction: float
     update_stall_s: float
     """Total time in which no decode step ran because of weight updates."""
+    stale_kv: int
+    """Running requests that go on with KV cache which older weights than the present ones wrote."""
+    recomputed: int
+    """How often an update made a running request's KV cache anew (`in_flight`)."""
 
 
 class Engine(WeightTarget, Protocol):

@@ -7,6 +7,8 @@ Invariants (beside those of `engine.py`)
   at any token and continued on any other `FakeEngine` of the same seed equals the uninterrupted one. The weights do
   not change the tokens; they change what `probe` answers.
 - One task steps all slots; versions are stamped there, and weights change between two steps.
+- KV cache is counted, not kept: how many tokens fit (`fake_batch`), and under which version each stream's was begun, so
+  that preemptions and the `in_flight` policy can be seen.
 - `stage` maps and verifies the offer's bytes; `apply` reads every byte again, as a copy would.
 Used where `pools.engine = "fake"`, from one event loop; imports no torch.
 """
@@ -14,22 +16,26 @@ Used where `pools.engine = "fake"`, from one event loop; imports no torch.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import mmap
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
-from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, FinishReason, GenerationRequest
+from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, GenerationRequest
+from asyncrl.generators.fake_batch import Batch, Stream
 from asyncrl.generators.fake_speech import Lengths, Speech, probe_logprobs, weights_digest
+from asyncrl.generators.in_flight import AnswerLengths, InFlight, RequestFacts, is_recomputed
 from asyncrl.weight_sync.checksum import bucket_checksum
 from asyncrl.weight_sync.shm import map_version
 from asyncrl.weight_sync.wire import Offer
 
 logger = logging.getLogger(__name__)
+
+_BREATH: Final = 64
+"""After so many tokens in a row the event loop has its turn."""
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -46,41 +52,6 @@ class InjectedFault(RuntimeError):
     """A fault that the script of a `FakeEngine` asked for."""
 
 
-class _Stream:
-    """One request on its way: the step loop adds to it, `generate` takes from it. Holds at most `max_new_tokens`."""
-
-    def __init__(self, request: GenerationRequest, speech: Speech) -> None:
-        self.request_id = request.request_id
-        self.speech = speech
-        self.stops = frozenset(request.stop_token_ids)
-        self.left = request.max_new_tokens
-        self.ready = asyncio.Event()
-        self.error: Exception | None = None
-        self.finish: FinishReason | None = None
-        self._fresh: tuple[list[int], list[float], list[int]] = ([], [], [])
-
-    def add(self, token: int, logprob: float, version: int) -> None:
-        tokens, logprobs, versions = self._fresh
-        tokens.append(token)
-        logprobs.append(logprob)
-        versions.append(version)
-        self.left -= 1
-        if token in self.stops:
-            self.finish = "stop"
-        elif self.left == 0:
-            self.finish = "length"
-
-    def take(self) -> Chunk:
-        tokens, logprobs, versions = self._fresh
-        self._fresh = ([], [], [])
-        return Chunk(tokens=tokens, logprobs=logprobs, versions=versions, finish_reason=self.finish)
-
-    def end(self, finish: FinishReason | None = None, error: Exception | None = None) -> None:
-        if self.finish is None and self.error is None:
-            self.finish, self.error = finish, error
-        self.ready.set()
-
-
 class FakeEngine:
     """The deterministic engine. Satisfies `Engine`."""
 
@@ -93,6 +64,8 @@ class FakeEngine:
         step_s: float = 0.0,
         tokens_per_step: int = 1,
         lengths: Lengths | None = None,
+        kv_capacity_tokens: int = 2**24,
+        in_flight: InFlight = "keep",
         faults: Sequence[Fault] = (),
         version: int = -1,
     ) -> None:
@@ -100,14 +73,17 @@ class FakeEngine:
         streams wait in line. `version` 0 or above: weights are there from the start, for use without weight sync."""
         self._seed = seed
         self._vocab_size = vocab_size
-        self._slots = slots
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
         self._lengths = lengths or Lengths()
         self._faults = list(faults)
         self._version = version
         self._digest = weights_digest(())
-        self._streams: dict[str, _Stream] = {}
+        self._batch = Batch(slots, kv_capacity_tokens)
+        self._kv_capacity_tokens = kv_capacity_tokens
+        self._in_flight: InFlight = in_flight
+        self._lengths_seen = AnswerLengths()
+        self._recomputed = 0
         self._staged: tuple[Offer, mmap.mmap] | None = None
         self._work = asyncio.Event()
         self._boundary = asyncio.Lock()
@@ -128,13 +104,14 @@ class FakeEngine:
         self._check_alive()
         if self._stepping is None or self._version < 0:
             raise RuntimeError(f"request {request.request_id}: start the engine and apply weights first")
-        if request.request_id in self._streams or request.max_new_tokens < 1:
+        if request.request_id in self._batch or request.max_new_tokens < 1:
             raise ValueError(
                 f"request {request.request_id}: expected an id that is not running and max_new_tokens of at least 1, "
                 f"got {request.max_new_tokens}"
             )
         speech = Speech(self._seed, self._vocab_size, self._lengths, request.stop_token_ids, request.tokens)
-        stream = self._streams[request.request_id] = _Stream(request, speech)
+        stream = Stream(request, speech)
+        self._batch.add(stream)
         self._work.set()
         try:
             # Waits for: tokens. Unblocked by: the step loop, abort, or the engine's death. Ends: with the stream.
@@ -150,24 +127,30 @@ class FakeEngine:
                     raise stream.error
         finally:
             # After an abort the id may be another stream's by now.
-            if self._streams.get(request.request_id) is stream:
-                del self._streams[request.request_id]
+            if self._batch.get(request.request_id) is stream:
+                self._batch.remove(request.request_id)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """See `Engine`."""
         for request_id in request_ids:
-            if stream := self._streams.pop(request_id, None):
+            if stream := self._batch.remove(request_id):
                 stream.end(finish="abort")
 
     def stats(self) -> EngineStats:
         """See `Engine`."""
-        running = len(self._streams)
+        used = min(self._batch.kv_used_tokens, self._kv_capacity_tokens)
         return EngineStats(
             version=self._version,
-            running=running,
+            running=len(self._batch),
+            waiting=self._batch.waiting,
             generated_tokens=self._generated,
-            kv_used_fraction=min(1.0, running / self._slots),
+            preemptions=self._batch.preemptions,
+            kv_capacity_tokens=self._kv_capacity_tokens,
+            kv_free_tokens=self._kv_capacity_tokens - used,
+            kv_used_fraction=used / self._kv_capacity_tokens,
             update_stall_s=self._stall_s,
+            stale_kv=sum(stream.kv_version != self._version for stream in self._batch.running.values()),
+            recomputed=self._recomputed,
         )
 
     async def shutdown(self) -> None:
@@ -181,9 +164,8 @@ class FakeEngine:
     def die(self, reason: str) -> None:
         """As if the engine's processes ended: every open stream and every later call raises `EngineDead`."""
         self._dead = self._dead or reason
-        for stream in self._streams.values():
+        for stream in self._batch.clear():
             stream.end(error=EngineDead(self._dead))
-        self._streams.clear()
         self._work.set()
 
     async def stage(self, offer: Offer) -> None:
@@ -203,6 +185,7 @@ class FakeEngine:
             started = time.monotonic()
             await self._strike("apply", offer.version)
             self._digest = await asyncio.to_thread(_digest_of, *self._staged)
+            self._renew_caches(offer.version)
             self._version = offer.version
             stall_s = time.monotonic() - started
         self._stall_s += stall_s
@@ -226,9 +209,10 @@ class FakeEngine:
                 await self._work.wait()
                 async with self._boundary:
                     await asyncio.sleep(self._step_s)
+                    self._batch.schedule(self._version, self._tokens_per_step)
                     for _ in range(self._tokens_per_step):
                         await self._step()
-                if not self._streams:
+                if not self._batch:
                     self._work.clear()
         except EngineDead:
             logger.info("step loop ends: %s", self._dead)
@@ -236,20 +220,37 @@ class FakeEngine:
             self.die("the step loop ended")
 
     async def _step(self) -> None:
-        """One token for each stream that has a slot."""
-        for stream in list(itertools.islice(self._streams.values(), self._slots)):
-            if stream.request_id not in self._streams:
+        """One token for each stream that runs."""
+        for index, stream in enumerate(list(self._batch.running.values()), 1):
+            if index % _BREATH == 0:
+                await asyncio.sleep(0)
+            if self._batch.running.get(stream.request_id) is not stream:
                 continue
             try:
-                await self._strike("token", self._generated + 1)
+                if self._faults:
+                    await self._strike("token", self._generated + 1)
             except InjectedFault as fault:
                 stream.end(error=fault)
             else:
                 stream.add(*stream.speech.speak(), self._version)
                 self._generated += 1
-                stream.ready.set()
             if stream.finish or stream.error:
-                del self._streams[stream.request_id]
+                self._batch.remove(stream.request_id)
+            if stream.finish:
+                self._lengths_seen.add(stream.answered)
+
+    def _renew_caches(self, version: int) -> None:
+        """What the `in_flight` policy does to the running streams' KV cache; recomputing takes the fake engine no time."""
+        for stream in self._batch.running.values():
+            facts = RequestFacts(
+                prefix_tokens=stream.context,
+                answered_tokens=stream.answered,
+                left_tokens=stream.left,
+                drift_versions=version - stream.kv_version,
+            )
+            if is_recomputed(self._in_flight, facts, self._lengths_seen.mean_tokens):
+                stream.kv_version = version
+                self._recomputed += 1
 
     async def _strike(self, where: str, at: int) -> None:
         """Carry out the fault that is scripted for here and now, if any."""

@@ -10,14 +10,14 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from asyncrl.generators.config import PromptsConfig
 from asyncrl.generators.sources import Rows, SourceError, open_rows
-from asyncrl.generators.tokens import PromptEncoder, TokenizerError
+from asyncrl.generators.tokens import PromptEncoder, TokenizerError, single_tokens
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -144,26 +144,77 @@ def permuted(index: int, size: int, key: str) -> int:
             return index
 
 
-def pairs(
-    source: str, answer_field: str, tokenizer: Any, config: PromptsConfig, seed: int = 0
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless (prompt tokens, answer tokens + end-of-sequence) of `source`, for supervised fine-tuning, in the order
-    of `seed`, which also draws the rows of a generated task. Field, template and task settings are those of `config`.
+Demonstration = tuple[list[int], list[int], list[bool]]
+"""Prompt tokens, answer tokens, and of each of these whether it is to be imitated: what the environment says is not."""
 
-    Raises `SourceError` or `TokenizerError`.
+Reply = Callable[[list[int], list[int], list[bool], str], list[int] | None]
+"""Asks an environment: prompt tokens, answer tokens, which of these the model says, payload (see `turns`)."""
+
+
+def pairs(
+    source: str,
+    answer_field: str,
+    tokenizer: Any,
+    config: PromptsConfig,
+    seed: int = 0,
+    *,
+    stop_tokens: Sequence[str] = (),
+    reply: Reply | None = None,
+) -> Iterator[Demonstration]:
+    """Endless demonstrations of `source`, for supervised fine-tuning, in the order of `seed`, which also draws the rows of a
+    generated task. Field, template and task settings are those of `config`.
+
+    `answer_field` holds a text, or a list with one for each turn of the model: between them `reply` says what the
+    environment does. A turn that does not end with one of `stop_tokens` gets the end-of-sequence token.
+    Raises `SourceError` or `TokenizerError`, also later on for a demonstration that the environment does not go along with.
     """
     rows = open_rows(source, (config.prompt_field, answer_field), config.task, seed)
     encoder = PromptEncoder(tokenizer, config.chat_template, config.system)
-    answers = PromptEncoder(tokenizer)
-    frontier = Frontier(PromptSource(rows, encoder, config.prompt_field, answer_field), seed)
-    return _walk_pairs(frontier, answers, int(tokenizer.eos_token_id))
+    # The environment is told of the row's own answer where it has one besides.
+    own = answer_field == "answer" or rows.row(0).get(config.answer_field) is None
+    prompts = PromptSource(rows, encoder, config.prompt_field, answer_field if own else config.answer_field)
+    field = "answer" if own else answer_field
+    player = _Player(tokenizer, stop_tokens, reply)
+    return _walk_pairs(Frontier(prompts, seed), field, player)
 
 
-def _walk_pairs(
-    frontier: Frontier, answers: PromptEncoder, eos: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    # Waits for nothing; ends when the caller stops asking.
+def _walk_pairs(frontier: Frontier, field: str, player: _Player) -> Iterator[Demonstration]:
+    # Waits for nothing but the environment, which has a deadline; ends when the caller stops asking.
     while True:
         (prompt,) = frontier.take(1)
-        answer = msgspec.json.decode(prompt.payload)["answer"]
-        yield prompt.tokens, [*answers.encode(str(answer)), eos]
+        said = msgspec.json.decode(prompt.payload)[field]
+        yield player.play(prompt, [str(turn) for turn in said] if isinstance(said, list) else [str(said)])
+
+
+class _Player:
+    """Makes demonstrations of what the model says in its turns."""
+
+    def __init__(self, tokenizer: Any, stop_tokens: Sequence[str], reply: Reply | None) -> None:
+        self._encoder, self._reply = PromptEncoder(tokenizer), reply
+        self._eos = int(tokenizer.eos_token_id)
+        self._stops = {self._eos, *single_tokens(tokenizer, stop_tokens)}
+
+    def play(self, prompt: Prompt, turns: list[str]) -> Demonstration:
+        """Raises `SourceError` where the environment ends it early or goes on after its last turn."""
+        if self._reply is None and len(turns) > 1:
+            raise SourceError(
+                f"{prompt.prompt_id}: a demonstration of {len(turns)} turns needs an [environment] that answers between them"
+            )
+        answer: list[int] = []
+        imitated: list[bool] = []
+        for number, text in enumerate(turns, 1):
+            tokens = self._encoder.encode(text)
+            if tokens[-1] not in self._stops:
+                tokens.append(self._eos)
+            answer += tokens
+            imitated += [True] * len(tokens)
+            given = self._reply(prompt.tokens, answer, imitated, prompt.payload) if self._reply else None
+            if (given is None) != (number == len(turns)):
+                does = "ends it" if given is None else "goes on"
+                raise SourceError(
+                    f"{prompt.prompt_id}: a demonstration of {len(turns)} turns does not fit the environment, which {does} "
+                    f"after turn {number}, {text!r}"
+                )
+            answer += given or []
+            imitated += [False] * len(given or [])
+        return prompt.tokens, answer, imitated

@@ -4,17 +4,20 @@ A reward function is `function(answer_text: str, payload: dict) -> float | dict`
 - `answer_text` is the sampled answer without special tokens; `payload` is the prompt's row, with `prompt_id`,
   `question` and `answer`.
 - It returns a finite number, or a dict of finite numbers that has "reward"; the others are reported beside it.
-- It may hang, raise or end its process: that costs its own rollout and nothing else.
+- It may hang, raise, take more memory than it is given or end its process: that costs its own rollout and nothing else.
 Named in a recipe by a built-in name (`sums`, `math`, `format`) or by an import path `package.module:function`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
+
+import msgspec
+
+from asyncrl.generators.functions import FunctionError, load_function
 
 RewardFunction = Callable[[str, dict[str, Any]], float | Mapping[str, float]]
 
@@ -28,8 +31,27 @@ _FINAL_NUMBER: Final = re.compile(r"(?:^|[^0-9])([0-9]+)\s*$")
 _THINK: Final = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
-class RewardError(ValueError):
-    """A reward function that cannot be found, or whose value is no reward."""
+class Question(msgspec.Struct, frozen=True):
+    """What a worker is asked: the score by function number `function`."""
+
+    function: int
+    answer_text: str
+    payload: str
+    """A JSON object."""
+
+
+def answerer(setup: bytes) -> Callable[[bytes], bytes]:
+    """What a worker of `reward_pool` runs. `setup`: the functions' names, as a JSON list. Raises `FunctionError`."""
+    names = msgspec.json.decode(setup, type=list[str])
+    functions: list[RewardFunction] = [load_function("reward function", name, BUILT_IN) for name in names]
+
+    def answer(body: bytes) -> bytes:
+        asked = msgspec.msgpack.decode(body, type=Question)
+        payload = msgspec.json.decode(asked.payload, type=dict[str, Any])
+        returned = functions[asked.function](asked.answer_text, payload)
+        return msgspec.msgpack.encode(reward_values(names[asked.function], returned))
+
+    return answer
 
 
 def sums(answer_text: str, payload: Mapping[str, Any]) -> float:
@@ -51,33 +73,11 @@ def think_format(answer_text: str, payload: Mapping[str, Any]) -> float:
     return float(bool(thoughts.strip()) and bool(answer.strip()) and not tags)
 
 
-def load_function(name: str) -> RewardFunction:
-    """The function of a built-in name or import path. Raises `RewardError`, which says the way out."""
-    path = BUILT_IN.get(name, name)
-    module_name, colon, function_name = path.partition(":")
-    if not colon or not module_name or not function_name:
-        raise RewardError(
-            f"no reward function {name!r}; expected {', '.join(BUILT_IN)}, or package.module:function"
-        )
-    try:
-        function: RewardFunction = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise RewardError(
-            f"reward function {name!r}: importing {module_name!r} failed: {error}. Put its folder on PYTHONPATH or "
-            "install its package."
-        ) from error
-    except AttributeError as error:
-        raise RewardError(f"reward function {name!r}: {error}") from error
-    if not callable(function):
-        raise RewardError(f"reward function {name!r} is a {type(function).__name__}, which cannot be called")
-    return function
-
-
 def reward_values(name: str, returned: Any) -> dict[str, float]:
-    """What a reward function returned, as numbers by name; "reward" is always among them. Raises `RewardError`."""
+    """What a reward function returned, as numbers by name; "reward" is always among them. Raises `FunctionError`."""
     values = returned if isinstance(returned, Mapping) else {"reward": returned}
     if "reward" not in values:
-        raise RewardError(
+        raise FunctionError(
             f"reward function {name!r} returned a dict without 'reward': {sorted(map(str, values))}"
         )
     numbers = {}
@@ -85,9 +85,11 @@ def reward_values(name: str, returned: Any) -> dict[str, float]:
         try:
             numbers[str(key)] = float(value)
         except (TypeError, ValueError):
-            raise RewardError(
+            raise FunctionError(
                 f"reward function {name!r} returned {key} = {value!r}; expected a number"
             ) from None
         if not math.isfinite(numbers[str(key)]):
-            raise RewardError(f"reward function {name!r} returned {key} = {value}; expected a finite number")
+            raise FunctionError(
+                f"reward function {name!r} returned {key} = {value}; expected a finite number"
+            )
     return numbers

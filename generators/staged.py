@@ -1,7 +1,7 @@
 """A version whose bytes were verified, and whose file will be opened again by another process. Called by `vllm_engine`.
 
 The worker process opens the file by name. A publisher that gave this engine up may put another file under that name
-(`asyncrl.weight_sync.slots`, `retire`), so the file that was verified is remembered by its inode.
+(`asyncrl.weight_sync.slots`, `Slot.retire`), so the file that was verified is remembered by its inode.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from random import Random
 from typing import Final, Protocol
@@ -27,8 +28,8 @@ class TaskRow(msgspec.Struct, frozen=True):
     question: str
     answer: str
     """What the reward compares with."""
-    solution: str
-    """A right answer in full: what supervised fine-tuning imitates."""
+    solution: str | list[str]
+    """A right answer in full: what supervised fine-tuning imitates. A list: what the model says in each of its turns."""
 
 
 class TaskError(ValueError):
@@ -74,6 +75,46 @@ def sum_row(terms: list[int]) -> TaskRow:
     return TaskRow(question="+".join(map(str, terms)) + "=", answer=str(total), solution=";".join(steps))
 
 
+class ArithmeticSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of `arithmetic`: sums of products, for the environment `calculator`."""
+
+    min_terms: int = 1
+    max_terms: int = 3
+    """Each count of terms equally often; a term is a number or, as often, a product of two."""
+    max_digits: int = 2
+    """Of one number; each count of digits equally often."""
+    tool_percent: int = 25
+    """So many solutions in a hundred call the calculator; the others have the answer at once, as from the head."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_terms <= self.max_terms or self.max_digits < 1:
+            raise ValueError(
+                "expected 1 <= min_terms <= max_terms and max_digits >= 1, got "
+                f"min_terms={self.min_terms}, max_terms={self.max_terms}, max_digits={self.max_digits}"
+            )
+        if not 0 <= self.tool_percent <= 100:
+            raise ValueError(f"expected tool_percent in 0..100, got {self.tool_percent}")
+
+    def draw(self, random: Random) -> TaskRow:
+        """A first term that is a product, so that nothing comes out of adding alone, then terms of both kinds."""
+        terms = random.randint(self.min_terms, self.max_terms)
+        factors = [2, *(random.randint(1, 2) for _ in range(terms - 1))]
+        numbers = [[self._number(random) for _ in range(count)] for count in factors]
+        return arithmetic_row(numbers, by_tool=random.randrange(100) < self.tool_percent)
+
+    def _number(self, random: Random) -> int:
+        digits = random.randint(1, self.max_digits)
+        return random.randint(10 ** (digits - 1), 10**digits - 1)
+
+
+def arithmetic_row(terms: list[list[int]], *, by_tool: bool) -> TaskRow:
+    """Question `12*3+40=`, answer `76`, solution `76`, or by tool `<tool>12*3+40</tool>` and then `76`."""
+    expression = "+".join("*".join(map(str, factors)) for factors in terms)
+    answer = str(sum(math.prod(factors) for factors in terms))
+    solution = [f"<tool>{expression}</tool>", answer] if by_tool else answer
+    return TaskRow(question=expression + "=", answer=answer, solution=solution)
+
+
 def split_of(question: str) -> str:
     """The split that a question belongs to, by its text alone."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
@@ -86,7 +127,7 @@ class Settings(Protocol):
     def draw(self, random: Random) -> TaskRow: ...
 
 
-TASKS: Final[dict[str, type[Settings]]] = {"sums": SumsSettings}
+TASKS: Final[dict[str, type[Settings]]] = {"sums": SumsSettings, "arithmetic": ArithmeticSettings}
 
 
 class GeneratedTask:

@@ -36,10 +36,26 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def stop_token_ids(tokenizer: Any, model: str) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, and those of `generation_config.json` where the model folder has one
-    (chat models often end a turn with another token than a document). Ascending."""
-    ids = {int(tokenizer.eos_token_id)}
+def single_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """The id of each text. Raises `TokenizerError` where one is not exactly one token."""
+    ids = []
+    for text in texts:
+        found = [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+        if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+            raise TokenizerError(
+                f"stop token {text!r} is {len(found)} tokens to this tokenizer ({found[:8]}), expected one that it knows: "
+                "name a token of its own, such as a special one, or none"
+            )
+        ids.append(found[0])
+    return ids
+
+
+def stop_token_ids(tokenizer: Any, model: str, further: Sequence[str] = ()) -> tuple[int, ...]:
+    """Ids that end a turn: the tokenizer's, those of `generation_config.json` where the model folder has one
+    (chat models often end a turn with another token than a document), and those of the texts `further`. Ascending.
+
+    Raises `TokenizerError`."""
+    ids = {int(tokenizer.eos_token_id), *single_tokens(tokenizer, further)}
     path = Path(model) / "generation_config.json"
     if path.is_file():
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]).get("eos_token_id")

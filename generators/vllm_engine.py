@@ -12,6 +12,10 @@ Invariants
 - From the look at the gate to the hand-over to vLLM, `generate` does not suspend, and `apply` closes the gate before
   it pauses: so a request's cache salt is the version that it is admitted under, and no request admitted after
   `apply(v)` can find a KV block of other weights.
+- A request whose KV cache is to be computed anew at an update (`in_flight`) is ended in vLLM before the pause and given to
+  it again, with the tokens so far and the budget left, when the gate opens: under the new version's salt. Its caller sees
+  one stream. (vLLM's own way, `reset_prefix_cache(reset_running_requests=True)`, preempts all requests or none, empties
+  the whole prefix cache, and leaves them under their old salt, where nobody shares what is computed.)
 - Weights come only through `apply`; the model starts with dummy weights and refuses to generate.
 - An update that fails after its first byte leaves a model that nobody can vouch for: the engine then ends.
 Called from one event loop. Importing this module does not import vLLM; `start` does.
@@ -21,39 +25,57 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import logging
-import os
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from asyncrl.generators import vllm_settings
-from asyncrl.generators.child_processes import bound_to, environment_for_children
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, GenerationRequest
+from asyncrl.generators.gate import Gate
+from asyncrl.generators.in_flight import AnswerLengths, InFlight, RequestFacts, is_recomputed
 from asyncrl.generators.staged import Staged, verified
-from asyncrl.generators.vllm_stream import KVUse, Stream
+from asyncrl.generators.vllm_start import Launch, launch, stop
+from asyncrl.generators.vllm_stream import CoreStats, Stream
 from asyncrl.weight_sync.wire import Offer
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.config import VllmConfig
     from vllm.inputs import TokensInput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-logger = logging.getLogger(__name__)
 
-SHUTDOWN_TIMEOUT_S: Final = 5.0
-_START = threading.Lock()
-"""Held while `os.environ` is changed for the children of one engine."""
+@dataclass(slots=True)
+class _Run:
+    """One request of a caller, which may be several of vLLM's, one after the other."""
+
+    request: GenerationRequest
+    said: list[int] = field(default_factory=list)
+    """Tokens streamed so far."""
+    kv_version: int = -1
+    """Of the weights when its present KV cache was begun; -1 while it waits for its first."""
+    vllm_id: str = ""
+    """Of the present one of vLLM's requests; empty while there is none."""
+    renewed: bool = False
+    """That one was ended so as to compute its KV cache anew."""
+    aborted: bool = False
+
+    @property
+    def left(self) -> int:
+        return self.request.max_new_tokens - len(self.said)
+
+    def facts(self, version: int) -> RequestFacts:
+        return RequestFacts(
+            prefix_tokens=len(self.request.tokens) + len(self.said),
+            answered_tokens=self.request.answered_tokens + len(self.said),
+            left_tokens=self.left,
+            drift_versions=version - self.kv_version,
+        )
 
 
 class VLLMEngine:
@@ -61,7 +83,8 @@ class VLLMEngine:
 
     `max_model_len` bounds prompt plus answer in tokens. `seed` and `engine_id` together seed the sampler, so that two
     engines never draw the same answers. `first_core` binds a CPU engine to the cores [first_core, first_core +
-    cores * tensor_parallel); without it the kernel places the engine's threads, `cores` of them computing.
+    cores * tensor_parallel); without it the kernel places the engine's threads, `cores` of them computing. `in_flight` and
+    `prefix_cache` are those of `[weight_sync]`.
     """
 
     def __init__(
@@ -73,115 +96,110 @@ class VLLMEngine:
         seed: int = 0,
         *,
         first_core: int | None = None,
+        in_flight: InFlight = "keep",
+        prefix_cache: bool = True,
     ) -> None:
         self._pool = pool
-        self._model_path = model_path
         self._engine_id = engine_id
         self._max_model_len = max_model_len
-        self._seed = zlib.crc32(f"{seed}/{engine_id}".encode()) & 0x7FFFFFFF
-        self._first_core = first_core
+        self._in_flight: InFlight = in_flight
         self._folder = tempfile.TemporaryDirectory(prefix="asyncrl-")  # 0700: vLLM's sockets are in it
+        self._launch = Launch(
+            engine_id=engine_id,
+            pool=pool,
+            model_path=model_path,
+            max_model_len=max_model_len,
+            seed=zlib.crc32(f"{seed}/{engine_id}".encode()) & 0x7FFFFFFF,
+            first_core=first_core,
+            prefix_cache=prefix_cache,
+            folder=self._folder.name,
+        )
         self._llm: AsyncLLM | None = None
         self._ended: str | None = None
         self._version = -1
         self._staged: dict[int, Staged] = {}
-        self._gate = asyncio.Event()
-        self._gate.set()
-        self._waiting: set[str] = set()
-        self._running: set[str] = set()
+        self._gate = Gate()
+        self._runs: dict[str, _Run] = {}
         self._probes = itertools.count()
+        self._lengths = AnswerLengths()
         self._generated_tokens = 0
+        self._recomputed = 0
         self._update_stall_s = 0.0
-        self._kv_used = KVUse()
+        self._core = CoreStats()
 
     async def start(self) -> None:
         """Start the engine's processes and build the model with dummy weights. Raises `EngineDead` if it cannot."""
         # vLLM's own deadline for its children is `start_timeout_s`, too; it cleans up after itself, so it goes first.
         try:
             async with asyncio.timeout(self._pool.start_timeout_s + 30.0):
-                self._llm = await asyncio.to_thread(self._launch)
+                self._llm = await asyncio.to_thread(launch, self._launch, self._core)
                 # vLLM keeps the answer; asked for at the first request, it would suspend an admission.
                 await self._llm.get_supported_tasks()
         except Exception as error:
             self._ended = "it did not start"
             raise EngineDead(
-                f"engine {self._engine_id} (model {self._model_path}, device {self._pool.device}) did not start: "
+                f"engine {self._engine_id} (model {self._launch.model_path}, device {self._pool.device}) did not start: "
                 f"{type(error).__name__}: {error}. The output of its process above says why."
             ) from error
-
-    def _launch(self) -> AsyncLLM:
-        began = time.perf_counter()
-        variables = vllm_settings.environment(
-            self._pool,
-            self._first_core,
-            owner=os.getpid(),
-            folder=self._folder.name,
-            log_level=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        )
-        cores = vllm_settings.cores(self._pool, self._first_core)
-        with _START, environment_for_children(variables), bound_to(cores):
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            config = self._vllm_config()
-            imported = time.perf_counter()
-            loggers: list[Any] = [self._kv_used.logger]
-            llm = AsyncLLM.from_vllm_config(config, stat_loggers=loggers, disable_log_stats=True)
-            self._listen_to(llm)
-        times = (imported - began, time.perf_counter() - imported)
-        logger.info("engine=%s started import_s=%.1f processes_s=%.1f", self._engine_id, *times)
-        return llm
-
-    def _listen_to(self, llm: AsyncLLM) -> None:
-        # A logger makes the core tell its KV use with each step. The statistics that vLLM would make of every token in
-        # this process, and its Prometheus counters, cost 10 us a token: off, before its output handler starts.
-        manager: Any = self._kv_used
-        llm.logger_manager = manager
-        llm.log_stats = llm.output_processor.log_stats = False
-
-    def _vllm_config(self) -> VllmConfig:
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        if self._pool.device == "cpu":
-            _inspect_here(self._model_path)
-        chosen = vllm_settings.arguments(self._pool, self._model_path, self._max_model_len, self._seed)
-        transfer = WeightTransferConfig(backend=vllm_settings.WEIGHT_BACKEND)
-        return AsyncEngineArgs(**chosen, weight_transfer_config=transfer).create_engine_config()
 
     def _serving(self) -> AsyncLLM:
         if self._llm is None or self._ended is not None:
             raise EngineDead(f"engine {self._engine_id} cannot serve: {self._ended or 'it was not started'}")
         return self._llm
 
+    # ---- generating --------------------------------------------------------------------------------------------
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         """Stream the tokens of `request` as they are sampled. Raises `EngineDead`, `ValueError` for a request that
         does not fit `max_model_len`, and `RuntimeError` before the first weights."""
         self._check(request)
-        if not await self._admitted(request.request_id):
-            yield Chunk(tokens=[], logprobs=[], versions=[], finish_reason="abort")
-            return
-        llm = self._serving()
-        finished = False
-        self._running.add(request.request_id)
-        queue: RequestOutputCollector | None = None
+        run = self._runs[request.request_id] = _Run(request)
+        stream: Stream | None = None
         try:
-            queue = await llm.add_request(
-                request.request_id, self._prompt(request.tokens), _sampling(request)
-            )
-            stream = Stream(request.request_id, llm.output_processor.request_states.get(queue.request_id))
             # Waits for vLLM's output handler; unblocked by a token, an abort or the core's death; ends with the last.
-            while not finished:
+            while True:
+                if stream is None:
+                    if not await self._gate.passes(request.request_id) or run.aborted:
+                        yield Chunk(tokens=[], logprobs=[], versions=[], finish_reason="abort")
+                        return
+                    queue, stream = await self._hand_over(run)
                 chunk = stream.chunk(queue.get_nowait() or await queue.get())
-                finished = chunk.finish_reason is not None
-                self._generated_tokens += len(chunk.tokens)
+                self._count(run, chunk)
+                if chunk.finish_reason == "abort" and run.renewed and not run.aborted:
+                    stream, run.renewed = None, False
+                    chunk = msgspec.structs.replace(chunk, finish_reason=None)
+                    if not chunk.tokens:
+                        continue
                 yield chunk
+                if chunk.finish_reason:
+                    return
         except _dead_errors() as error:
-            finished = True
-            raise self._died(error) from error
+            died = self._died(error)
+            if stream is not None and (rest := stream.rest()).tokens:
+                self._count(run, rest)
+                yield rest
+            raise died from error
         finally:
-            self._running.discard(request.request_id)
-            if queue is not None and not finished and self._ended is None:
-                await llm.abort(queue.request_id, internal=True)
+            del self._runs[request.request_id]
+            if run.vllm_id and self._ended is None:
+                await self._serving().abort(run.vllm_id, internal=True)
+
+    async def _hand_over(self, run: _Run) -> tuple[RequestOutputCollector, Stream]:
+        """Does not suspend: see the invariants."""
+        llm, request = self._serving(), run.request
+        queue = await llm.add_request(
+            request.request_id, self._prompt([*request.tokens, *run.said]), _sampling(request, run.left)
+        )
+        run.vllm_id, run.kv_version = queue.request_id, self._version
+        return queue, Stream(request.request_id, llm.output_processor.request_states.get(queue.request_id))
+
+    def _count(self, run: _Run, chunk: Chunk) -> None:
+        run.said += chunk.tokens
+        self._generated_tokens += len(chunk.tokens)
+        if chunk.finish_reason:
+            run.vllm_id = ""
+            if chunk.finish_reason != "abort":
+                self._lengths.add(run.request.answered_tokens + len(run.said))
 
     def _check(self, request: GenerationRequest) -> None:
         self._serving()
@@ -190,7 +208,7 @@ class VLLMEngine:
                 f"engine {self._engine_id} has no weights: request {request.request_id} came before the first apply. "
                 f"Publish version 0 and wait until the engine confirms it."
             )
-        if request.request_id in self._running or request.request_id in self._waiting:
+        if request.request_id in self._runs:
             raise ValueError(f"engine {self._engine_id}: request {request.request_id} is already running")
         total = len(request.tokens) + request.max_new_tokens
         if not request.tokens or request.max_new_tokens < 1 or total > self._max_model_len:
@@ -199,26 +217,20 @@ class VLLMEngine:
                 f"expected at least one of each and at most {self._max_model_len} in all (max_model_len)"
             )
 
-    async def _admitted(self, request_id: str) -> bool:
-        """Waits while weights are replaced; unblocked by the end of `apply`, whichever it is. False if aborted."""
-        self._waiting.add(request_id)
-        try:
-            while not self._gate.is_set():
-                await self._gate.wait()
-            return request_id in self._waiting
-        finally:
-            self._waiting.discard(request_id)
-
     def _prompt(self, tokens: Sequence[int], salt: str | None = None) -> TokensInput:
         # Rendered form: vLLM then prepares the request without suspending.
         return {"type": "token", "prompt_token_ids": list(tokens), "cache_salt": salt or str(self._version)}
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End these streams with the tokens that were sampled and not yet streamed; unknown ids are ignored."""
-        self._waiting.difference_update(request_ids)
-        running = [request_id for request_id in request_ids if request_id in self._running]
+        self._gate.turn_away(request_ids)
+        running = [request_id for request_id in request_ids if request_id in self._runs]
+        for request_id in running:
+            self._runs[request_id].aborted = True
         if running and self._ended is None:
             await self._serving().abort(running)
+
+    # ---- weights -----------------------------------------------------------------------------------------------
 
     async def stage(self, offer: Offer) -> None:
         """Verify the offer's bytes in a thread, while generation goes on. Raises `ChecksumError`."""
@@ -241,9 +253,10 @@ class VLLMEngine:
                 f"staged are {sorted(self._staged)}. Stage the same offer first."
             )
         staged.check()
-        self._gate.clear()
+        self._gate.close()
         began = time.perf_counter()
         try:
+            await self._end_stale(llm, offer.version)
             # Not `pause_generation`: the same, and then a sleep of 20 ms.
             await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
             await self._write(llm, staged)
@@ -254,10 +267,26 @@ class VLLMEngine:
                 if self._ended is None:
                     await llm.resume_generation()
             finally:
-                self._gate.set()
+                self._gate.open()
         stall_s = time.perf_counter() - began
         self._update_stall_s += stall_s
         return stall_s
+
+    async def _end_stale(self, llm: AsyncLLM, version: int) -> None:
+        """Ends those of vLLM's requests whose KV cache is to be computed anew; `generate` gives them to it again."""
+        mean = self._lengths.mean_tokens
+        stale = [
+            run
+            for run in self._runs.values()
+            if run.vllm_id
+            and not (run.aborted or run.renewed)
+            and is_recomputed(self._in_flight, run.facts(version), mean)
+        ]
+        for run in stale:
+            run.renewed = True
+        self._recomputed += len(stale)
+        if stale:
+            await llm.abort([run.vllm_id for run in stale], internal=True)
 
     async def _write(self, llm: AsyncLLM, staged: Staged) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -291,7 +320,7 @@ class VLLMEngine:
 
         self._serving()
         probe_id = f"probe-{next(self._probes)}"
-        await self._admitted(probe_id)
+        await self._gate.passes(probe_id)
         llm = self._serving()
         sampling = SamplingParams(
             max_tokens=1,
@@ -315,13 +344,24 @@ class VLLMEngine:
             )
         return values
 
+    # ---- the whole engine --------------------------------------------------------------------------------------
+
     def stats(self) -> EngineStats:
+        """The engine core's part is as of its last step."""
+        core, running = self._core, len(self._runs)
+        used = core.kv_used_fraction if running else 0.0
         return EngineStats(
             version=self._version,
-            running=len(self._running),
+            running=running,
+            waiting=min(core.waiting, running),
             generated_tokens=self._generated_tokens,
-            kv_used_fraction=self._kv_used.fraction,
+            preemptions=core.preemptions,
+            kv_capacity_tokens=core.kv_capacity_tokens,
+            kv_free_tokens=int(core.kv_capacity_tokens * (1.0 - used)),
+            kv_used_fraction=used,
             update_stall_s=self._update_stall_s,
+            stale_kv=sum(0 <= run.kv_version < self._version for run in self._runs.values()),
+            recomputed=self._recomputed,
         )
 
     async def shutdown(self) -> None:
@@ -331,18 +371,8 @@ class VLLMEngine:
         if llm is not None:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # it would report the end of the core as a failure
-            await asyncio.to_thread(self._stop, llm)
+            await asyncio.to_thread(stop, llm, self._pool)
         await asyncio.to_thread(self._folder.cleanup)
-
-    def _stop(self, llm: AsyncLLM) -> None:
-        # A core without devices and workers has nothing to put in order, and takes 3 s for it; vLLM warns of the kill.
-        alone = self._pool.device == "cpu" and self._pool.tensor_parallel == 1
-        if alone:
-            logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
-        processes = list(getattr(llm.engine_core.resources.engine_manager, "processes", ()))
-        llm.shutdown(timeout=0.0 if alone else SHUTDOWN_TIMEOUT_S)
-        for process in processes:
-            process.join(SHUTDOWN_TIMEOUT_S)
 
     def _died(self, error: BaseException) -> EngineDead:
         self._end(f"its engine core ended ({type(error).__name__})")
@@ -353,26 +383,27 @@ class VLLMEngine:
         if self._ended is not None:
             return
         self._ended = reason
-        self._gate.set()
+        self._gate.open()
         if self._llm is not None:
             from vllm.v1.engine.exceptions import EngineDeadError
 
             self._llm.output_processor.propagate_error(EngineDeadError())
 
 
-def _sampling(request: GenerationRequest) -> SamplingParams:
+def _sampling(request: GenerationRequest, budget: int) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=request.temperature,
-        max_tokens=request.max_new_tokens,
+        max_tokens=budget,
         stop_token_ids=list(request.stop_token_ids),
         ignore_eos=True,  # only the request says what stops it
         logprobs=0,  # of the sampled token
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        stream_interval=request.chunk_tokens,
         skip_clone=True,
     )
 
@@ -382,16 +413,3 @@ def _dead_errors() -> tuple[type[BaseException], ...]:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return (EngineDeadError,)
-
-
-def _inspect_here(model_path: str) -> None:
-    """Have vLLM look at the model's class in this process. It would start one of its own for that (8 s), so as not to
-    initialise CUDA here: no matter on the CPU."""
-    from vllm.model_executor.models import ModelRegistry
-
-    config = Path(model_path) / "config.json"
-    if not config.is_file():
-        return
-    for name in json.loads(config.read_text(encoding="utf-8")).get("architectures") or []:
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())

@@ -1,4 +1,4 @@
-"""From a pool to vLLM's own settings: arguments, environment, cores. Pure; imports no vLLM. Called by `vllm_engine`."""
+"""From a pool to vLLM's own settings: arguments, environment, cores. Pure; imports no vLLM. Called by `vllm_start`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ OWNER_VARIABLE = "ASYNCRL_ENGINE_OWNER"
 """As in `asyncrl.weight_sync.vllm_worker`, which cannot be imported without vLLM."""
 
 
-def arguments(pool: PoolConfig, model_path: str, max_model_len: int, seed: int) -> dict[str, Any]:
+def arguments(
+    pool: PoolConfig, model_path: str, max_model_len: int, seed: int, *, prefix_cache: bool = True
+) -> dict[str, Any]:
     """Keyword arguments of vLLM's `AsyncEngineArgs`, but for the weight transfer configuration."""
     on_cpu = pool.device == "cpu"
     device = (
@@ -31,7 +33,7 @@ def arguments(pool: PoolConfig, model_path: str, max_model_len: int, seed: int) 
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": prefix_cache,
         "enforce_eager": on_cpu,
         "tensor_parallel_size": pool.tensor_parallel,
         # Named, as vLLM would choose Ray by itself when it finds itself in an actor.

@@ -8,7 +8,7 @@ cover the delta's tokens exactly, also if vLLM merged several deltas into one. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from asyncrl.generators.engine import Chunk
 
@@ -16,10 +16,16 @@ Spans = Sequence[tuple[str, int]]
 """(label, index of the first token) in order; each span ends where the next one begins."""
 
 
+_PREEMPTED: Final = 3
+"""vLLM's `EngineCoreEventType.PREEMPTED`."""
+
+
 class SpanHolder(Protocol):
     """vLLM's `RequestState`, as far as it is read here."""
 
     weight_version_starts: list[tuple[str, int]]
+    detokenizer: Any
+    logprobs_processor: Any
 
 
 class VersionMismatch(RuntimeError):
@@ -73,6 +79,17 @@ class Stream:
             finish_reason=completion.finish_reason if output.finished else None,
         )
 
+    def rest(self) -> Chunk:
+        """What arrived and was not streamed, when no output comes any more: the engine has died."""
+        done = len(self._streamed)
+        if self._state is None:
+            return Chunk(tokens=[], logprobs=[], versions=[])
+        tokens = list(self._state.detokenizer.output_token_ids[done:])
+        logprobs = list(self._state.logprobs_processor.logprobs[done:].logprobs) if tokens else []
+        versions = versions_of(self._state.weight_version_starts, done, len(tokens))
+        self._streamed += versions
+        return Chunk(tokens=tokens, logprobs=logprobs, versions=versions)
+
     def _check_end(self, reason: str, final: Spans) -> None:
         if reason not in ("stop", "length", "abort"):
             raise RuntimeError(f"request {self._request_id}: vLLM ended it with {reason!r}; its log says why")
@@ -83,13 +100,17 @@ class Stream:
             )
 
 
-class KVUse:
-    """Keeps the last KV cache use that the scheduler told; vLLM's output handler calls `record` at every step."""
+class CoreStats:
+    """Keeps what the engine core said last of its KV cache and its queue; vLLM's output handler calls `record` at every step
+    and `count_preemptions` for every output."""
 
     def __init__(self) -> None:
-        self.fraction = 0.0
+        self.kv_capacity_tokens = 0
+        self.kv_used_fraction = 0.0
+        self.waiting = 0
+        self.preemptions = 0
 
-    def logger(self, vllm_config: Any, engine_index: int) -> KVUse:
+    def logger(self, vllm_config: Any, engine_index: int) -> CoreStats:
         """vLLM asks for a factory of loggers; there is one engine core, so one logger."""
         return self
 
@@ -98,4 +119,10 @@ class KVUse:
 
     def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
         if scheduler_stats is not None:
-            self.fraction = scheduler_stats.kv_cache_usage
+            self.kv_used_fraction = scheduler_stats.kv_cache_usage
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+
+    def count_preemptions(self, _: Any, output: Any, *__: Any) -> None:
+        """`output` is an `EngineCoreOutput`."""
+        if output.events:
+            self.preemptions += sum(event.type == _PREEMPTED for event in output.events)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from asyncrl.buffer.schema import BATCH
+from asyncrl.buffer.schema import BATCH, ENVIRONMENT
 from asyncrl.learner.division import divide
 from asyncrl.learner.rows import MicroBatch, Rows, assemble
 
@@ -37,9 +37,9 @@ class Batch:
     behaviour: np.ndarray
     """[tokens] float32: logprobs under the policy that sampled."""
     versions: np.ndarray
-    """[tokens] int32"""
+    """[tokens] int32; `schema.ENVIRONMENT` where the environment gave the token."""
     trainable: np.ndarray
-    """[tokens] bool"""
+    """[tokens] bool; never where the environment gave the token."""
 
     @property
     def rows(self) -> int:
@@ -47,8 +47,14 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Answer tokens."""
+        """Answer tokens, those of the environment included."""
         return len(self.behaviour)
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """[tokens] bool: where a policy sampled the token. Only there `behaviour` is a logprob."""
+        sampled: np.ndarray = self.versions != ENVIRONMENT
+        return sampled
 
 
 def read_table(table: pa.Table) -> Batch:
@@ -69,6 +75,7 @@ def read_table(table: pa.Table) -> Batch:
         raise ValueError(
             f"rollout {rollout_id[row]} has no prompt tokens; nothing predicts its first answer token"
         )
+    _check_origin(columns["versions"], columns["trainable"], answer_starts, rollout_id)
     return Batch(
         rollout_id=rollout_id,
         group=_dense(_numbers(table, "group_id")),
@@ -139,4 +146,16 @@ def _check_lists(name: str, starts: np.ndarray, answer_starts: np.ndarray, rollo
         row = int(wrong[0])
         raise ValueError(
             f"rollout {rollout_id[row]}: {name} has {np.diff(starts)[row]} entries for {np.diff(answer_starts)[row]} tokens"
+        )
+
+
+def _check_origin(
+    versions: np.ndarray, trainable: np.ndarray, answer_starts: np.ndarray, rollout_id: np.ndarray
+) -> None:
+    wrong = np.flatnonzero(trainable & (versions == ENVIRONMENT))
+    if len(wrong):
+        row = int(np.searchsorted(answer_starts, wrong[0], side="right")) - 1
+        raise ValueError(
+            f"rollout {rollout_id[row]}: token {wrong[0] - answer_starts[row]} is the environment's and marked trainable; "
+            "no policy sampled it"
         )

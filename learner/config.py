@@ -62,7 +62,7 @@ class SFTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     source: str
     """Prompt/answer pairs, named like `prompts.source`."""
     answer_field: str = "solution"
-    """The field that holds the text to imitate."""
+    """The field that holds the text to imitate, or a list with the text of each turn: `[environment]` answers in between."""
     steps: Positive
     pairs_per_step: Positive = 64
     learning_rate: PositiveFloat = 1e-3

@@ -51,7 +51,9 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     drift_k3: float
     tokens_trained: float
     tokens_masked: float
-    """Answer tokens kept as context only."""
+    """Sampled tokens kept as context only."""
+    tokens_environment: float
+    """Answer tokens that the environment gave: context as well."""
     tokens_padded: float
     tokens_total: float
     """Prompt and answer tokens, without padding."""
@@ -109,7 +111,7 @@ def mismatch_figures(batch: Batch, proximal: np.ndarray, version: int) -> dict[s
     same = difference(
         proximal, batch.behaviour, sampled_by(version, batch.versions, batch.trainable, lengths)
     )
-    every = difference(proximal, batch.behaviour, np.ones(batch.tokens, dtype=bool))
+    every = difference(proximal, batch.behaviour, batch.sampled)
     return {
         "mismatch_tokens": float(same.tokens),
         "mismatch_max": same.max_abs,
@@ -124,11 +126,12 @@ def mismatch_figures(batch: Batch, proximal: np.ndarray, version: int) -> dict[s
 
 
 def size_figures(batch: Batch) -> dict[str, float]:
-    trained = int(batch.trainable.sum())
+    trained, sampled = int(batch.trainable.sum()), int(batch.sampled.sum())
     lengths = batch.sequences.answer_lengths
     return {
         "tokens_trained": float(trained),
-        "tokens_masked": float(batch.tokens - trained),
+        "tokens_masked": float(sampled - trained),
+        "tokens_environment": float(batch.tokens - sampled),
         "tokens_total": float(batch.sequences.lengths.sum()),
         "response_length_mean": float(lengths.mean()),
         "response_length_max": float(lengths.max()),

@@ -2,7 +2,8 @@
 
 `mismatch`: trainable tokens of rollouts that the learner's present version sampled as a whole. Same weights, so the
 difference is numerics or a bug.
-`drift`: all tokens; older versions count too, so it is off-policyness and mismatch together.
+`drift`: all sampled tokens; older versions count too, so it is off-policyness and mismatch together.
+What the environment gave has no logprob and is in neither.
 Called by `step`. The columns are already whole on every rank, so the figures are exact, the percentile too.
 """
 

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning on prompt/answer pairs: how the tiny model of the quickstart comes to be.
+"""Supervised fine-tuning on prompt/answer pairs: how the tiny models of the quickstarts come to be.
 
-The same model code as the learner's, on one rank in the calling process: cross-entropy on answer tokens, AdamW with warm-up
-and, if asked for, cosine decay. The output folder is there whole or not at all.
+The same model code as the learner's, on one rank in the calling process: cross-entropy on those answer tokens that are to be
+imitated (what an environment says is context), AdamW with warm-up and, if asked for, cosine decay. The output folder is there whole or not at all.
 Called by the `sft` command; one call at a time per process, none while a `Learner` lives in it.
 """
 
@@ -31,8 +31,9 @@ from asyncrl.learner.weights import save_folder
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[Sequence[int], Sequence[int]]
-"""(prompt tokens, answer tokens); the answer ends with the token that is to end it, such as the tokenizer's eos."""
+Pair = tuple[Sequence[int], Sequence[int], Sequence[bool]]
+"""(prompt tokens, answer tokens, which of these are imitated); the answer ends with the token that is to end it, such as the
+tokenizer's eos."""
 
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
@@ -48,7 +49,7 @@ class SFTProgress(msgspec.Struct, frozen=True, kw_only=True):
     """From 1."""
     steps: int
     loss: float
-    """Nats per answer token."""
+    """Nats per imitated token."""
     learning_rate: float
     tokens_per_s: float
     """Prompt and answer tokens, without padding."""
@@ -118,8 +119,8 @@ def _train(
     device = torch.device(mesh.device_type)
     for step in range(1, config.steps + 1):
         start = time.perf_counter()
-        rows = _take(pairs, config, step)
-        loss = _gradients(policy, rows, device)
+        rows, imitated = _take(pairs, config, step)
+        loss = _gradients(policy, rows, imitated, device)
         rate = _rate(config, step)
         set_learning_rate(optimizer, rate)
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -142,7 +143,8 @@ def _rate(config: SFTConfig, step: int) -> float:
     return warmed_up(config.learning_rate, step, config.warmup_steps)
 
 
-def _take(pairs: Iterator[Pair], config: SFTConfig, step: int) -> Rows:
+def _take(pairs: Iterator[Pair], config: SFTConfig, step: int) -> tuple[Rows, torch.Tensor]:
+    """One step's rows, and which of their answer tokens are imitated: [tokens] bool."""
     taken = list(itertools.islice(pairs, config.pairs_per_step))
     if len(taken) < config.pairs_per_step:
         have = (step - 1) * config.pairs_per_step + len(taken)
@@ -151,19 +153,26 @@ def _take(pairs: Iterator[Pair], config: SFTConfig, step: int) -> Rows:
             f"sft.source {config.source!r} gave {have} pairs, sft.steps x sft.pairs_per_step = {need} are needed: "
             "lower one of the two or repeat the source"
         )
-    rows = rows_of(taken)
-    if not (np.diff(rows.prompt_starts).all() and rows.answer_lengths.all()):
-        raise ValueError(f"sft.source {config.source!r}, step {step}: a pair has an empty prompt or answer")
-    return rows
+    rows = rows_of([(prompt, answer) for prompt, answer, _ in taken])
+    if not (np.diff(rows.prompt_starts).all() and all(any(imitated) for _, _, imitated in taken)):
+        raise ValueError(
+            f"sft.source {config.source!r}, step {step}: a pair has an empty prompt, or nothing to imitate"
+        )
+    imitated = np.concatenate([np.asarray(flags, dtype=bool) for _, _, flags in taken])
+    if len(imitated) != len(rows.answers):
+        raise ValueError(
+            f"sft.source {config.source!r}, step {step}: {len(imitated)} flags for {len(rows.answers)} answer tokens"
+        )
+    return rows, torch.from_numpy(imitated)
 
 
-def _gradients(policy: Policy, rows: Rows, device: torch.device) -> float:
-    """Accumulates the gradients of the mean cross-entropy over all answer tokens; returns it."""
-    total = 0.0
+def _gradients(policy: Policy, rows: Rows, imitated: torch.Tensor, device: torch.device) -> float:
+    """Accumulates the gradients of the mean cross-entropy over the imitated tokens; returns it."""
+    total, count = 0.0, int(imitated.sum())
     for chosen in divide(rows.lengths, TOKENS_PER_PASS, 1)[0]:
         part = assemble(rows, chosen)
         logprobs = policy(part.input_ids.to(device), part.predictors.to(device), part.targets.to(device), 1.0)
-        loss = -logprobs.sum() / len(rows.answers)
+        loss = -logprobs[imitated[part.place].to(device)].sum() / count
         loss.backward()
         total += float(loss.detach())
     return total

@@ -285,8 +285,9 @@ def _named(batch: Batch, rows: np.ndarray) -> str:
     names = []
     starts = batch.sequences.answer_starts
     for row in rows[:_NAMED_ROLLOUTS]:
-        versions = batch.versions[starts[row] : starts[row + 1]]
-        span = "no tokens" if not len(versions) else f"versions {versions.min()}-{versions.max()}"
+        of_row = slice(starts[row], starts[row + 1])
+        versions = batch.versions[of_row][batch.sampled[of_row]]
+        span = "no sampled tokens" if not len(versions) else f"versions {versions.min()}-{versions.max()}"
         names.append(f"{batch.rollout_id[row]} ({span})")
     more = len(rows) - len(names)
     return f"rollouts {', '.join(names)}" + (f" and {more} more" if more else "")

@@ -19,10 +19,12 @@ import msgspec
 import psutil
 
 from asyncrl.generators.config import RewardsConfig
+from asyncrl.generators.environment import SINGLE_TURN
+from asyncrl.generators.functions import FunctionError
 from asyncrl.generators.reward_pool import check_functions
-from asyncrl.generators.rewards import RewardError
 from asyncrl.generators.sources import SourceError, open_rows
 from asyncrl.generators.tasks import TaskError
+from asyncrl.generators.turns import check_environment
 from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
 from asyncrl.recipes.recipe import Problem, Recipe
 from asyncrl.recipes.sizes import amount, wire_bytes
@@ -42,7 +44,8 @@ class Preflight(msgspec.Struct, frozen=True, kw_only=True):
 def preflight(recipe: Recipe) -> Preflight:
     notes: list[str] = []
     model, model_problems = _model(recipe, notes)
-    problems = [*model_problems, *_prompts(recipe), *_rewards(recipe), *_engine_packages(recipe), *_ports()]
+    problems = [*model_problems, *_prompts(recipe), *_rewards(recipe)]
+    problems += [*_environment(recipe), *_engine_packages(recipe), *_ports()]
     if not recipe.run.ray_address:
         problems += [*_cores(recipe), *_gpus(recipe), *_memory(recipe, model), *_shared_memory(recipe, model)]
     return Preflight(problems=problems, notes=notes, model=model)
@@ -97,8 +100,20 @@ def _rewards(recipe: Recipe) -> Iterator[Problem]:
     for i, term in enumerate(recipe.rewards.terms):
         try:
             check_functions(RewardsConfig(terms=[term]))
-        except RewardError as error:
+        except FunctionError as error:
             yield Problem(f"rewards.terms[{i}].function", repr(term.function), str(error))
+
+
+def _environment(recipe: Recipe) -> Iterator[Problem]:
+    """Loaded by a worker process as the run will load it, where the model and so its tokenizer are there."""
+    environment = recipe.environment
+    if environment is None or not Path(recipe.model.path).is_dir():
+        return
+    if environment.function != SINGLE_TURN or environment.stop_tokens:
+        try:
+            check_environment(environment, recipe.model.path)
+        except FunctionError as error:
+            yield Problem("environment", repr(environment.function), str(error))
 
 
 def _engine_packages(recipe: Recipe) -> Iterator[Problem]:

@@ -11,8 +11,15 @@ from typing import Annotated
 import msgspec
 
 from asyncrl.buffer.config import BufferConfig, StalenessConfig
-from asyncrl.generators.config import PoolConfig, PromptsConfig, RewardsConfig, SamplingConfig
+from asyncrl.generators.config import (
+    EnvironmentConfig,
+    PoolConfig,
+    PromptsConfig,
+    RewardsConfig,
+    SamplingConfig,
+)
 from asyncrl.learner.config import HEAD_SIZES, LearnerConfig, SFTConfig
+from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, unknown_gpus
 from asyncrl.recipes.telemetry_config import TelemetryConfig
 from asyncrl.weight_sync.config import WeightSyncConfig
 
@@ -57,11 +64,16 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     staleness: StalenessConfig = msgspec.field(default_factory=StalenessConfig)
     pools: Annotated[list[PoolConfig], msgspec.Meta(min_length=1)]
     rewards: RewardsConfig
+    environment: EnvironmentConfig | None = None
     learner: LearnerConfig = msgspec.field(default_factory=LearnerConfig)
     weight_sync: WeightSyncConfig = msgspec.field(default_factory=WeightSyncConfig)
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
     telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
     sft: SFTConfig | None = None
+    cluster: list[ClusterEntry] = []
+    """Which GPUs there are, for `asyncrl plan`."""
+    gpus: dict[str, GPUConfig] = {}
+    """What the planner knows of a GPU, over its built-in table."""
 
     @property
     def rollouts_per_step(self) -> int:
@@ -106,7 +118,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 def cross_check(recipe: Recipe) -> list[Problem]:
     """Every rule that two or more settings break together."""
-    checks = (_check_batches, _check_buffer, _check_lengths, _check_pools, _check_sft)
+    checks = (_check_batches, _check_buffer, _check_lengths, _check_pools, _check_sft, _check_cluster)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -204,3 +216,8 @@ def _check_sft(recipe: Recipe) -> Iterator[Problem]:
             str(sft.heads),
             f"sft.hidden_size / sft.heads = {sft.hidden_size / sft.heads:g}; engines know heads of {HEAD_SIZES}",
         )
+
+
+def _check_cluster(recipe: Recipe) -> Iterator[Problem]:
+    for path, found, advice in unknown_gpus(recipe.cluster, recipe.gpus):
+        yield Problem(path, found, advice)

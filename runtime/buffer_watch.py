@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError
@@ -19,6 +18,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.buffer.errors import BufferUnreachable
 from asyncrl.buffer.wire import Status
+from asyncrl.runtime.deaths import Deaths
 from asyncrl.runtime.observer import Observer
 from asyncrl.runtime.watch import PartFailed, Watch
 
@@ -26,18 +26,6 @@ MOST_DEATHS = 5
 WITHIN_S = 600.0
 _RESTART_S = 60.0
 _TRY_AGAIN_S = 0.1
-
-
-class Deaths:
-    """When one process died, as far back as it matters. Pure."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=MOST_DEATHS + 1)
-
-    def one_too_many(self, now: float) -> bool:
-        """Notes a death at `now`."""
-        self._times.append(now)
-        return len(self._times) > MOST_DEATHS and now - self._times[0] <= WITHIN_S
 
 
 class ShardKeeper:
@@ -49,7 +37,7 @@ class ShardKeeper:
         self._part, self._shard = f"buffer-{shard}", shard
         self._actor, self._address = actor, address
         self._watch, self._observer = watch, observer
-        self._deaths = Deaths()
+        self._deaths = Deaths(MOST_DEATHS, WITHIN_S)
 
     async def keep(self) -> None:
         """Waits for the end of the process that runs, and starts the next if that was a death."""

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from asyncrl.runtime.cli_control import add_control
+from asyncrl.runtime.cli_plan import add_plan
+
 if TYPE_CHECKING:
     from asyncrl.recipes import Recipe
 
@@ -57,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="such as runs/quickstart")
     report.set_defaults(run=_report)
     _add_inspect(commands.add_parser("inspect", help="show a run's rollouts, also while it goes on"))
+    add_control(commands)
+    add_plan(commands)
     return parser
 
 

@@ -1,7 +1,7 @@
-"""One engine's process: the engine, the receiver of its weights, its dispatcher and its reward workers.
+"""One engine's process: the engine, the receiver of its weights, its dispatcher, and the workers of rewards and environment.
 
-Made by `placement` as an asynchronous Ray actor: `receive` and `dispatch` run for the life of the run and are watched
-by the supervisor, the other calls are short. Everything lives on the actor's one event loop.
+Made by `placement` as an asynchronous Ray actor, and led through its life by its keeper (`engine_keeper`): `receive` and
+`dispatch` last long and are watched there, the other calls are short. Everything lives on the actor's one event loop.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import ray
+
 from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.dispatcher import Dispatcher
@@ -19,10 +21,12 @@ from asyncrl.generators.evaluation import Evaluation, evaluate
 from asyncrl.generators.prompts import Prompt
 from asyncrl.generators.reward_pool import RewardPool
 from asyncrl.generators.tokens import decode_answer, load_tokenizer, stop_token_ids
+from asyncrl.generators.turns import Turns, open_turns
 from asyncrl.recipes import Recipe
-from asyncrl.runtime.facts import EngineFacts
+from asyncrl.runtime.facts import EngineFacts, EngineState
 from asyncrl.runtime.part_log import write_log_to
 from asyncrl.runtime.run_folder import RunFolder
+from asyncrl.weight_sync.errors import WeightSyncError
 from asyncrl.weight_sync.receiver import Receiver
 
 
@@ -33,7 +37,15 @@ def make_engine(
     if pool.engine == "fake":
         from asyncrl.generators.fake_engine import FakeEngine
 
-        return FakeEngine(vocab_size=vocabulary, slots=pool.max_concurrency, step_s=0.002)
+        return FakeEngine(
+            vocab_size=vocabulary,
+            slots=pool.max_concurrency,
+            step_s=pool.fake.step_s,
+            tokens_per_step=pool.fake.tokens_per_step,
+            lengths=pool.fake.lengths,
+            kv_capacity_tokens=pool.fake.kv_capacity_tokens,
+            in_flight=recipe.weight_sync.in_flight,
+        )
     from asyncrl.generators.vllm_engine import VLLMEngine
 
     return VLLMEngine(
@@ -43,11 +55,13 @@ def make_engine(
         recipe.model.max_context_tokens,
         seed=recipe.prompts.seed,
         first_core=first_core,
+        in_flight=recipe.weight_sync.in_flight,
+        prefix_cache=recipe.weight_sync.prefix_cache,
     )
 
 
 class EnginePart:
-    """`start`, then `receive`, then `dispatch` (and `evaluate` where nothing is dispatched), `stop`, `shutdown`."""
+    """`start`, `join`, then `receive` beside `dispatch` (or `evaluate` where nothing is dispatched), `stop`, `shutdown`."""
 
     def __init__(
         self, recipe: Recipe, folder: str, pool_index: int, engine_id: str, first_core: int | None
@@ -57,26 +71,49 @@ class EnginePart:
         self._pool = recipe.pools[pool_index]
         self._engine_id = engine_id
         tokenizer = load_tokenizer(recipe.model.path)
-        self._stop_token_ids = stop_token_ids(tokenizer, recipe.model.path)
+        environment = recipe.environment
+        self._stop_token_ids = stop_token_ids(
+            tokenizer, recipe.model.path, environment.stop_tokens if environment else ()
+        )
         self._decode = partial(decode_answer, tokenizer)
-        self._engine = make_engine(recipe, self._pool, engine_id, first_core, len(tokenizer))
+        self._engine: Engine = make_engine(recipe, self._pool, engine_id, first_core, len(tokenizer))
         self._rewards: RewardPool | None = None
+        self._turns: Turns | None = None
         self._receiver: Receiver | None = None
+        self._receiving: asyncio.Task[None] | None = None
         self._dispatcher: Dispatcher | None = None
-        self._serving = False
         self._seen = (time.monotonic(), 0)
 
-    async def start(self) -> None:
+    async def start(self) -> str:
+        """Loads the model; returns the name of the machine that it runs on."""
         await self._engine.start()
         self._rewards = await asyncio.to_thread(RewardPool, self._recipe.rewards)
-        self._serving = True
+        self._turns = await asyncio.to_thread(open_turns, self._recipe.environment, self._recipe.model.path)
+        node = ray.get_runtime_context().get_node_id()
+        return f"{ray.util.get_node_ip_address()} ({node[:6]})"
 
-    async def receive(self, endpoint: str) -> None:
-        """Takes weights until cancelled or broken."""
+    async def join(self, endpoint: str, timeout_s: float) -> int:
+        """Joins the learner's publisher and waits for the present weights; returns their version.
+
+        Raises VersionTimeout, or what ended the receiver before.
+        """
         self._receiver = Receiver(self._engine, endpoint, self._engine_id)
-        await self._receiver.run()
+        self._receiving = asyncio.create_task(self._receiver.run(), name="receiver")
+        try:
+            await self._receiver.wait_for_version(0, timeout_s)
+        except WeightSyncError:
+            if self._receiving.done():
+                self._receiving.result()  # its own error says more
+            raise
+        return self._receiver.version
 
-    async def dispatch(self, address: BufferAddress) -> None:
+    async def receive(self) -> None:
+        """Takes weights until cancelled or broken; after `join`."""
+        if self._receiving is None:
+            raise RuntimeError(f"engine {self._engine_id} has not joined")
+        await self._receiving
+
+    async def dispatch(self, address: BufferAddress, concurrency: int) -> None:
         """Generates until `stop`, or until something breaks: the first fault is raised by itself."""
         try:
             async with BufferClient(address) as buffer:
@@ -85,8 +122,9 @@ class EnginePart:
                     engine_id=self._engine_id,
                     buffer=buffer,
                     scorer=self._scorer(),
+                    turns=self._turns,
                     sampling=self._recipe.sampling,
-                    concurrency=self._pool.first_concurrency,
+                    concurrency=concurrency,
                     stop_token_ids=self._stop_token_ids,
                     decode=self._decode,
                 )
@@ -96,36 +134,47 @@ class EnginePart:
         finally:
             self._dispatcher = None
 
+    async def set_concurrency(self, concurrency: int) -> None:
+        """More slots at once; fewer by handing the newest rollouts back. 0: all of them."""
+        if self._dispatcher is not None:
+            await self._dispatcher.set_concurrency(concurrency)
+
     async def evaluate(self, prompts: list[Prompt], label: str) -> Evaluation:
         try:
             return await evaluate(
                 engine=self._engine,
                 scorer=self._scorer(),
+                turns=self._turns,
                 prompts=prompts,
                 sampling=self._recipe.sampling,
                 stop_token_ids=self._stop_token_ids,
                 decode=self._decode,
-                concurrency=self._pool.first_concurrency,
+                concurrency=self._pool.max_concurrency,
                 label=label,
             )
         except BaseExceptionGroup as group:
             raise first_fault(group) from group
 
     async def status(self) -> EngineFacts:
+        """As this process sees it: the keeper knows of its starts and deaths."""
         stats = self._engine.stats()
         now, (then, before) = time.monotonic(), self._seen
         self._seen = (now, stats.generated_tokens)
         used = self._dispatcher.slots_used if self._dispatcher else 0
-        idle = self._dispatcher is not None and used < self._pool.first_concurrency
+        slots = self._dispatcher.concurrency if self._dispatcher else 0
+        state: EngineState = "serving" if stats.running else "idle"
         return EngineFacts(
             engine_id=self._engine_id,
             pool=self._pool.name,
-            state="starting" if not self._serving else "serving" if stats.running else "idle",
+            state=state,
             version=stats.version,
             slots_used=used,
-            slots=self._pool.first_concurrency,
+            slots=slots,
             tokens_per_s=(stats.generated_tokens - before) / max(now - then, 1e-3),
-            waits_for="prompts" if idle else "",
+            waits_for="prompts" if used < slots else "",
+            kv_used_fraction=stats.kv_used_fraction,
+            preemptions=stats.preemptions,
+            waiting=stats.waiting,
         )
 
     async def stop(self) -> None:
@@ -134,9 +183,14 @@ class EnginePart:
             await self._dispatcher.stop()
 
     async def shutdown(self) -> None:
-        """Ends the engine's and the rewards' processes."""
+        """Leaves the publisher, and ends the engine's and the rewards' processes."""
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await asyncio.gather(self._receiving, return_exceptions=True)
         if self._rewards is not None:
             await self._rewards.close()
+        if self._turns is not None:
+            await self._turns.close()
         await self._engine.shutdown()
 
     def _scorer(self) -> RewardPool:

@@ -1,14 +1,18 @@
-"""The live view's table of engines: one row each, or one per pool when there are more than fit."""
+"""Tables of engines: the live view's, a row for each or one per pool when there are more than fit; and the whole detail
+of each for `asyncrl status`. Pure."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from asyncrl.runtime.facts import EngineFacts
+from asyncrl.runtime.inspect_text import one_line
 
 MOST_ROWS = 8
 STATE_STYLES = {
@@ -24,6 +28,10 @@ STATE_STYLES = {
     "dead": "red",
 }
 QUIET = "bright_black"
+_WIDE = 110
+"""Columns from which notes are a column of their own; below, they follow the table."""
+Noted = tuple[Sequence[str | Text], str]
+"""A row's cells, and a note on it."""
 
 
 def engines_table(engines: Sequence[EngineFacts], version: int, width: int) -> Table:
@@ -83,3 +91,61 @@ def _slots(used: int, slots: int, width: int) -> Text:
     return Text.assemble(
         ("■" * filled, "cyan"), ("·" * (width - filled), QUIET), f" {used:>{len(str(slots))}}/{slots}"
     )
+
+
+def engines_detail(engines: Sequence[EngineFacts], version: int, width: int) -> RenderableType:
+    """A row for each engine, however many. What none of them has (a death, a node) gets no column."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=QUIET)
+    wide = width >= _WIDE
+    shown = {
+        "KV": any(math.isfinite(e.kv_used_fraction) for e in engines),
+        "preempted": wide and any(e.preemptions for e in engines),
+        "deaths": wide and any(e.deaths for e in engines),
+        "node": wide and any(e.node for e in engines),
+    }
+    table.add_column("engine", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("version", "slots", "tokens/s", *(name for name in shown if shown[name])):
+        table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
+    rows: list[Noted] = []
+    for engine in engines:
+        kv = f"{engine.kv_used_fraction:.0%}" if math.isfinite(engine.kv_used_fraction) else "-"
+        more = (kv, f"{engine.preemptions:,}", str(engine.deaths), one_line(engine.node))
+        cells: tuple[str | Text, ...] = (
+            one_line(engine.engine_id),
+            Text(engine.state, STATE_STYLES[engine.state]),
+            Text(_version(engine.version), "yellow" if engine.version < version else ""),
+            f"{engine.slots_used}/{engine.slots}",
+            f"{engine.tokens_per_s:,.0f}",
+            *(cell for cell, is_shown in zip(more, shown.values(), strict=True) if is_shown),
+        )
+        rows.append((cells, _note(engine, wide=wide)))
+    return with_notes(table, rows, width)
+
+
+def _note(engine: EngineFacts, *, wide: bool) -> str:
+    """Why it is as it is, and on a narrow terminal what has no column there."""
+    deaths = f"{engine.deaths} death{'s' if engine.deaths > 1 else ''}"
+    parts = (
+        f"waits for {engine.waits_for}" if engine.waits_for else "",
+        engine.reason,
+        f"{engine.preemptions:,} preempted" if engine.preemptions and not wide else "",
+        deaths if engine.deaths and not wide else "",
+    )
+    said = "; ".join(part for part in parts if part)
+    return f"{said}; on {engine.node}" if said and engine.node and not wide else said
+
+
+def with_notes(table: Table, rows: Sequence[Noted], width: int) -> RenderableType:
+    """`table` filled with `rows`, the first cell of each being its name; notes are of any length, "" for none."""
+    notes = [one_line(note) for _, note in rows]
+    beside = width >= _WIDE and any(notes)
+    if beside:
+        table.width = width
+        table.add_column("", ratio=1, overflow="fold", style=QUIET)
+    for (cells, _), note in zip(rows, notes, strict=True):
+        table.add_row(*cells, *([Text(note)] if beside else []))
+    if beside:
+        return table
+    below = (Text(f"{cells[0]}: {note}", QUIET) for (cells, _), note in zip(rows, notes, strict=True) if note)
+    return Group(table, *below)

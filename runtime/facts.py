@@ -132,6 +132,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     kv_used_fraction: float = math.nan
     preemptions: int = 0
     """Since it started: rollouts whose KV cache it had to give up for want of room."""
+    waiting: int = 0
+    """Rollouts that it has taken and cannot compute now, for want of room."""
     deaths: int = 0
     """Since launch."""
     reason: str = ""

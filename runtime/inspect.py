@@ -7,12 +7,10 @@ alone. On a pipe a query's answer is lines of tab-separated values, everything e
 from __future__ import annotations
 
 import datetime
-import difflib
 import json
 import math
 from collections.abc import Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +18,7 @@ from rich.console import Console
 
 from asyncrl.buffer.reading import LogError, RolloutLog, read_log
 from asyncrl.runtime import inspect_facts as facts
+from asyncrl.runtime.find_run import NoSuchRun, find_run
 from asyncrl.runtime.inspect_sql import QueryFailed, Rows, query
 from asyncrl.runtime.inspect_text import Decoder, one_line
 from asyncrl.runtime.inspect_views import draw_group, draw_life, draw_overview, draw_rows
@@ -29,11 +28,6 @@ NEWEST = 8
 """Rollouts of the overview, where no limit is asked for."""
 QUERY_ROWS = 50
 """Rows of a query that are shown, where no limit is asked for."""
-_PARENT = Path("runs")
-
-
-class NoSuchRun(ValueError):
-    """Neither a run's folder nor the name of one, or one without rollouts."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,22 +56,6 @@ def inspect_run(request: Request, out: Console, errors: Console) -> int:
     for note in (*log.notes, *([decoder.problem] if decoder.problem else [])):
         _say(errors, f"note: {note}")
     return 0
-
-
-def find_run(text: str) -> RunFolder:
-    """The folder `text`, else `runs/TEXT`; the first that holds a run. Raises `NoSuchRun`."""
-    tried = [Path(text), _PARENT / text]
-    for path in tried:
-        folder = RunFolder(path)
-        if folder.recipe.is_file() or folder.rollouts.is_dir():
-            return folder
-    for path in tried:
-        if path.is_dir():
-            raise NoSuchRun(f"{path} is no run folder: neither recipe.json nor rollouts/ is in it")
-    names = sorted(path.name for path in _PARENT.glob("*") if path.is_dir())
-    near = difflib.get_close_matches(text, names, 1)
-    there = f"did you mean {near[0]}?" if near else f"runs that are here: {', '.join(names) or 'none'}"
-    raise NoSuchRun(f"no run {text}: there is neither a folder {text} nor {_PARENT / text}; {there}")
 
 
 def _show(

@@ -6,7 +6,7 @@ The views draw these structs and `--json` writes them, so both say the same. Cal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from asyncrl.buffer.reading import RolloutLog, rollouts_table
-from asyncrl.buffer.schema import State
+from asyncrl.buffer.schema import ENVIRONMENT, State
 from asyncrl.runtime.inspect_text import Decoder
 
 MOST_STRETCHES = 12
@@ -26,8 +26,9 @@ class NotInLog(ValueError):
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
-    """Neighbouring tokens of one version."""
+    """Neighbouring tokens of one version, or of the environment (its version is -1)."""
 
+    origin: Literal["model", "environment"]
     version: int
     start: int
     tokens: int
@@ -49,6 +50,7 @@ class RolloutFacts(msgspec.Struct, frozen=True, kw_only=True):
     batch_id: int | None
     step: int | None
     tokens_count: int | None
+    environment_tokens: int | None
     spans: list[Span] | None
     prompt: str | None
     answer: str | None
@@ -95,7 +97,7 @@ class GroupFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stretch(msgspec.Struct, frozen=True, kw_only=True):
-    """Scored rollouts whose last token is of one of these versions."""
+    """Scored rollouts whose last sampled token is of one of these versions."""
 
     first_version: int
     last_version: int
@@ -213,7 +215,7 @@ def _rollout(row: dict[str, Any], decoder: Decoder) -> RolloutFacts:
 
 
 def spans(versions: Sequence[int], logprobs: Sequence[float]) -> list[Span]:
-    """Where the version changes, a new span begins."""
+    """Where the version or the origin changes, a new span begins."""
     if not versions:
         return []
     version = np.asarray(versions)
@@ -221,7 +223,13 @@ def spans(versions: Sequence[int], logprobs: Sequence[float]) -> list[Span]:
     counts = np.diff(starts, append=len(version))
     means = np.add.reduceat(np.asarray(logprobs, np.float64), starts) / counts
     return [
-        Span(version=int(version[start]), start=int(start), tokens=int(count), logprob_mean=float(mean))
+        Span(
+            origin="environment" if version[start] == ENVIRONMENT else "model",
+            version=int(version[start]),
+            start=int(start),
+            tokens=int(count),
+            logprob_mean=float(mean),
+        )
         for start, count, mean in zip(starts, counts, means, strict=True)
     ]
 

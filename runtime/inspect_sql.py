@@ -1,7 +1,7 @@
 """SQL over a run's rollouts, with DuckDB in this process: the tables prompts, segments, states and rollouts.
 
 `prompt` and `answer` are columns that decode tokens as a query asks for them: a query that does not name them does not
-wait for the tokenizer. The tables are views on what was read; a query can write files (COPY ... TO), never the log.
+wait for the tokenizer. `origin` of a segment says whose its tokens are. The tables are views on what was read; a query can write files (COPY ... TO), never the log.
 Called by `inspect`.
 """
 
@@ -18,7 +18,8 @@ from asyncrl.runtime.inspect_text import Decoder
 
 _VIEWS = """
 create view prompts as select *, prompt_text(tokens) as prompt from log_prompts;
-create view segments as select * from log_segments;
+create view segments as
+    select *, case when version = -1 then 'environment' else 'model' end as origin from log_segments;
 create view states as select * from log_states;
 create view rollouts as
     select *, prompt_text(prompt_tokens) as prompt, answer_text(tokens) as answer from log_rollouts;

@@ -106,10 +106,14 @@ def _rollouts(rollouts: Sequence[RolloutFacts], label: str, *, prompts: bool) ->
 
 
 def spans_text(spans: Sequence[Span] | None) -> Text:
-    """`3x40 4x12`: 40 tokens of version 3, then 12 of version 4."""
+    """`3x40 envx5 4x12`: 40 tokens of version 3, 5 of the environment, then 12 of version 4."""
     if not spans:
         return Text(NONE)
-    return Text(" ").join(Text(f"{s.version}x{s.tokens}", _colour(i)) for i, s in enumerate(spans))
+    return Text(" ").join(Text(f"{_by(s)}x{s.tokens}", _colour(i)) for i, s in enumerate(spans))
+
+
+def _by(span: Span) -> str:
+    return str(span.version) if span.origin == "model" else "env"
 
 
 def draw_group(facts: GroupFacts) -> RenderableType:
@@ -129,12 +133,13 @@ def draw_group(facts: GroupFacts) -> RenderableType:
 def draw_life(facts: LifeFacts) -> RenderableType:
     r = facts.rollout
     ended = f", {one_line(r.reason)}" if r.reason else ""
+    given = f" ({r.environment_tokens:,} of the environment)" if r.environment_tokens else ""
     rows: list[tuple[str, str | Text]] = [
         ("rollout", f"{r.rollout_id} of group {r.group_id}"),
         ("prompt id", _or_none(r.prompt_id)),
         ("state", Text(r.state.lower() + ended, _STATE_STYLES.get(r.state, ""))),
         ("reward", NONE if r.reward is None else f"{r.reward:g}"),
-        ("answer", f"{_count(r.tokens_count)} tokens, finish reason {r.finish_reason or NONE}"),
+        ("answer", f"{_count(r.tokens_count)} tokens{given}, finish reason {r.finish_reason or NONE}"),
         ("failed attempts", str(r.attempts)),
         ("trained", NONE if r.step is None else f"step {r.step}, batch {r.batch_id}"),
         ("payload", _or_none(facts.payload)),
@@ -166,9 +171,8 @@ def _changes(facts: LifeFacts) -> Table:
 def _spans(spans: Sequence[Span]) -> Table:
     table = _table("version", "from token", "tokens", "mean logprob")
     for i, s in enumerate(spans):
-        table.add_row(
-            Text(str(s.version), _colour(i)), str(s.start), f"{s.tokens:,}", f"{s.logprob_mean:.4f}"
-        )
+        mean = f"{s.logprob_mean:.4f}" if s.origin == "model" else NONE
+        table.add_row(Text(_by(s), _colour(i)), str(s.start), f"{s.tokens:,}", mean)
     return table
 
 
@@ -179,14 +183,15 @@ def _prompt(facts: LifeFacts) -> Text:
 
 
 def answer_text(facts: LifeFacts) -> Text:
-    """The answer with a mark `[3]` where tokens of version 3 begin; token ids where there is no text."""
+    """The answer with a mark `[3]` where tokens of version 3 begin, `[env]` where the environment's do; token ids where there
+    is no text."""
     spans, tokens = facts.rollout.spans, facts.tokens
     if not spans or tokens is None:
         return Text(NONE)
     text = Text()
     for i, span in enumerate(spans):
         ids = tokens[span.start : span.start + span.tokens]
-        text.append(f"[{span.version}]", f"bold reverse {_colour(i)}")
+        text.append(f"[{_by(span)}]", f"bold reverse {_colour(i)}")
         text.append(ids_text(ids) + " " if facts.pieces is None else printable(facts.pieces[i]), _colour(i))
     return text
 

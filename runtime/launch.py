@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -21,22 +22,24 @@ import ray
 from rich.console import Console
 
 from asyncrl.buffer.errors import BufferFault
-from asyncrl.buffer.keys import make_keys
+from asyncrl.buffer.keys import ServerKeys, make_keys
 from asyncrl.generators.prompts import Frontier, Prompt, held_out, open_source
 from asyncrl.generators.sources import SourceError
 from asyncrl.generators.tokens import TokenizerError, load_tokenizer
 from asyncrl.recipes import Recipe, dump_recipe
 from asyncrl.runtime import facts
+from asyncrl.runtime.commands import RunCommands
+from asyncrl.runtime.control_server import CannotListen, ControlServer
 from asyncrl.runtime.feeder import NoPromptFits
 from asyncrl.runtime.metrics import open_metrics, read_facts
 from asyncrl.runtime.observer import Observer, RunStalled
-from asyncrl.runtime.placement import PlacementError, place, start_ray
+from asyncrl.runtime.placement import PlacementError, place_buffers, place_learners, start_ray
 from asyncrl.runtime.processes import adopt_orphans, end_processes
 from asyncrl.runtime.report import write_report
 from asyncrl.runtime.run_folder import RunFolder, new_run_folder
 from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summary
 from asyncrl.runtime.summary_table import show_summary
-from asyncrl.runtime.supervisor import Supervisor
+from asyncrl.runtime.supervisor import Parts, Supervisor
 from asyncrl.runtime.view import open_view
 from asyncrl.runtime.watch import PartFailed, Stopped, Watch
 from asyncrl.weight_sync.shm import remove_leftovers
@@ -45,6 +48,7 @@ STOP_S = 10.0
 """For parts to end in order after Ctrl-C; what is left then is killed."""
 _FAILURES = (
     PartFailed,
+    CannotListen,
     PlacementError,
     RunStalled,
     BufferFault,
@@ -88,7 +92,7 @@ def launch(recipe: Recipe, run_id: str, recipe_path: Path, overrides: list[str],
         view.close()
     summary = conclude(recipe, folder, outcome, observer)
     show_summary(summary, console)
-    return {"finished": 0, "stopped": 130}.get(outcome, 1)
+    return {"finished": 0, "drained": 0, "stopped": 130}.get(outcome, 1)
 
 
 def make_model(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Console) -> float:
@@ -110,25 +114,46 @@ def make_model(recipe: Recipe, recipe_path: Path, overrides: list[str], console:
 async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: Observer) -> str:
     """The outcome, as the summary has it."""
     stop = asyncio.Event()
-    supervisor: Supervisor | None = None
     _on_signals(stop, observer.note)
     try:
-        _, keys = make_keys(folder.keys)
+        server_keys, keys = make_keys(folder.keys)
         with observer.phase(facts.RAY_START):
-            parts = await asyncio.to_thread(place, recipe, str(folder.path), run_id)
+            where = (recipe, str(folder.path), run_id)
+            buffers = await asyncio.to_thread(place_buffers, *where)
+            learners = await asyncio.to_thread(place_learners, *where)
         frontier, tests = await asyncio.to_thread(_prompts, recipe)
         watch = Watch(folder, stop)
-        supervisor = Supervisor(recipe, parts, keys, observer, watch, frontier, tests)
-        await supervisor.run()
-        await _end_in_order(supervisor, observer, stopped=False)
-        return "finished"
-    except Stopped:
-        if supervisor is not None:
-            await _end_in_order(supervisor, observer, stopped=True)
-        return "stopped"
+        parts = Parts(buffers=buffers, learners=learners, keys=keys)
+        supervisor = Supervisor(recipe, run_id, parts, observer, watch, frontier, tests)
+        async with _answering(supervisor, server_keys, stop):
+            return await _run(supervisor, observer)
     except _FAILURES as error:
         observer.note(str(error))
         return f"failed: {str(error).splitlines()[0]}"
+
+
+@asynccontextmanager
+async def _answering(supervisor: Supervisor, keys: ServerKeys, stop: asyncio.Event) -> AsyncIterator[None]:
+    """Commands are taken meanwhile; a command that breaks ends the run."""
+    watch, host = supervisor.watch, supervisor.recipe.run.control_host
+    server = ControlServer(RunCommands(supervisor, stop), keys, watch.folder.control, host=host)
+    answering = watch.add("control socket", server.run())
+    try:
+        yield
+    finally:
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
+        server.close()  # where it was cancelled before its first step
+
+
+async def _run(supervisor: Supervisor, observer: Observer) -> str:
+    try:
+        await supervisor.run()
+    except Stopped:
+        await _end_in_order(supervisor, observer, stopped=True)
+        return "stopped"
+    await _end_in_order(supervisor, observer, stopped=False)
+    return "drained" if supervisor.draining else "finished"
 
 
 async def _end_in_order(supervisor: Supervisor, observer: Observer, *, stopped: bool) -> None:

@@ -6,6 +6,7 @@ collectives) and the rest on rank 0.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 from asyncrl.buffer import BlockingBufferClient, BufferAddress
 from asyncrl.buffer.columns import slices
 from asyncrl.buffer.records import Selection
+from asyncrl.buffer.schema import ENVIRONMENT
 from asyncrl.learner.metrics import StepMetrics
 from asyncrl.learner.step import Learner
 from asyncrl.recipes import Recipe
@@ -26,6 +28,7 @@ from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.report import SyncReport
+from asyncrl.weight_sync.welcomer import Welcomer
 
 _PROBE_TOKENS = 16
 
@@ -36,7 +39,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     staleness_min: int
     staleness_mean: float
     staleness_max: int
-    """Over every answer token handed over."""
+    """Over every sampled token handed over; 0 where there is none."""
     trained_tokens: int
     tokens_past_bound: int
     """Trainable tokens past the bound: must be 0."""
@@ -49,6 +52,8 @@ class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
     handover: Handover
     metrics: StepMetrics
     sync: SyncReport
+    welcomes: list[SyncReport]
+    """Of engines that came since the step before."""
     train_s: float
     publish_s: float
 
@@ -70,6 +75,7 @@ class LearnerPart:
         )
         self._plan = self._learner.plan(recipe.weight_sync.bucket_bytes, wire_dtype(recipe))
         self._publisher: Publisher | None = None
+        self._welcomer: Welcomer | None = None
         self._buffer: BlockingBufferClient | None = None
         self._batch: tuple[Selection, pa.RecordBatch] | None = None
         self._version = -1
@@ -82,15 +88,23 @@ class LearnerPart:
         return self._publisher.endpoint
 
     def meet(self, engine_ids: list[str], buffer: BufferAddress, timeout_s: float) -> None:
-        """Waits for the engines to join, connects to the buffer."""
+        """Waits for the engines to join, connects to the buffer. Engines that join later are welcomed from now on, as soon
+        as there is a version to give them."""
         if self._publisher is None:
             raise RuntimeError("meet is for rank 0, after start")
         self._publisher.wait_for_engines(frozenset(engine_ids), timeout_s)
         self._buffer = BlockingBufferClient(buffer)
+        self._welcomer = Welcomer(self._publisher)
 
     def publish(self, version: int) -> SyncReport | None:
         """Sends the present weights as `version`. A collective; the report is rank 0's."""
         probe = self._probe(version)
+        with self._welcomer.paused() if self._welcomer else contextlib.nullcontext():
+            report = self._send(version, probe)
+        self._version = version
+        return report
+
+    def _send(self, version: int, probe: Probe | None) -> SyncReport | None:
         publisher = self._publisher
         if publisher is not None:
             publisher.begin(version)
@@ -98,7 +112,6 @@ class LearnerPart:
             tensors = self._learner.gather(bucket)
             if publisher is not None:
                 publisher.write(bucket, tensors)
-        self._version = version
         return publisher.commit(probe) if publisher is not None else None
 
     def admit_prompts(self) -> None:
@@ -129,6 +142,7 @@ class LearnerPart:
             handover=examine(rows, selection.version, self._recipe.staleness.max_staleness_versions),
             metrics=metrics,
             sync=sync,
+            welcomes=self._welcomer.take_reports() if self._welcomer else [],
             train_s=trained - start,
             publish_s=published - trained,
         )
@@ -138,6 +152,8 @@ class LearnerPart:
         self._learner.save(self._folder.model)
 
     def close(self) -> None:
+        if self._welcomer is not None:
+            self._welcomer.close()
         if self._publisher is not None:
             self._publisher.close()
         if self._buffer is not None:
@@ -162,17 +178,22 @@ class LearnerPart:
 
 
 def examine(rows: pa.RecordBatch, version: int, bound: int) -> Handover:
-    """Recounts a batch of `schema.BATCH` that was handed over at `version`."""
+    """Recounts a batch of `schema.BATCH` that was handed over at `version`. Tokens of the environment have no age, and one
+    that is trainable counts as past the bound."""
     versions = slices(rows["versions"])
-    ages = version - np.concatenate(versions)
+    flat = np.concatenate(versions)
     trainable = np.concatenate(slices(rows["trainable"]))
-    kinds = [len(np.unique(v)) for v in versions]
+    sampled = flat != ENVIRONMENT
+    every = version - flat
+    past = ~sampled | (every > bound) | (every < 0)
+    ages = every[sampled] if sampled.any() else np.zeros(1, np.int32)
+    kinds = [len(np.unique(v[v != ENVIRONMENT])) for v in versions]
     return Handover(
         staleness_min=int(ages.min()),
         staleness_mean=float(ages.mean()),
         staleness_max=int(ages.max()),
         trained_tokens=int(trainable.sum()),
-        tokens_past_bound=int((trainable & ((ages > bound) | (ages < 0))).sum()),
+        tokens_past_bound=int((trainable & past).sum()),
         spanning_rollouts=sum(k > 1 for k in kinds),
         versions_in_rollout_max=max(kinds),
     )

@@ -5,11 +5,13 @@ The supervisor calls it, on its event loop; it decides nothing but whether the r
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from asyncrl.buffer.batches import OVER_STALE
 from asyncrl.buffer.records import Recovery
 from asyncrl.buffer.wire import Report
 from asyncrl.generators.evaluation import Evaluation
@@ -30,6 +32,10 @@ class Observer:
 
     def __init__(self, recipe: Recipe, view: View, metrics: MetricsLog, began: float) -> None:
         self.learner_state: facts.LearnerState = "starting"
+        self.state: facts.RunState = "starting"
+        self.last: facts.Snapshot | None = None
+        """The newest, and the one before it: who waits for whom is told from the two."""
+        self.before: facts.Snapshot | None = None
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self._recipe, self._view, self._metrics, self._began = recipe, view, metrics, began
         self._phase = ""
@@ -37,9 +43,13 @@ class Observer:
         self._version = -1
         self._learner_tokens_per_s = 0.0
         self._engines: list[facts.EngineFacts] = []
-        self._waits = Waits(max(1, recipe.engines))
+        self._pools: list[facts.PoolFacts] = []
+        self._waits = Waits()
         self._recoveries = 0
         self._disk_full = False
+        self.stale_rollouts = 0
+        """Since launch: as good as masked (by their tokens), or dropped, for staleness."""
+        self._stale_dropped = 0
         self._moved = time.monotonic()
 
     @contextmanager
@@ -52,6 +62,10 @@ class Observer:
             yield
         finally:
             self.phase_seconds[name] += time.monotonic() - began
+
+    @property
+    def steps_done(self) -> int:
+        return self._step
 
     @property
     def seconds(self) -> float:
@@ -80,11 +94,14 @@ class Observer:
         self._learner_tokens_per_s = outcome.metrics.tokens_per_s
         self._moved = time.monotonic()
         fact = step_facts(step, outcome, waited_s, self.seconds, self._recipe.prompts.prompts_per_step)
+        self.stale_rollouts += math.ceil(fact.tokens_masked / max(1.0, fact.response_tokens_mean))
         self._metrics.write(fact)
         self._view.step(fact)
 
-    def snapshot(self, report: Report, engines: list[facts.EngineFacts]) -> None:
-        self._engines = engines
+    def snapshot(
+        self, report: Report, engines: list[facts.EngineFacts], pools: list[facts.PoolFacts]
+    ) -> None:
+        self._engines, self._pools = engines, pools
         self._version = max(self._version, report.version)
         if any(engine.tokens_per_s > 0 for engine in engines):
             self._moved = time.monotonic()
@@ -106,8 +123,12 @@ class Observer:
         if bool(report.disk_full) != self._disk_full:
             self._disk_full = bool(report.disk_full)
             self.note(report.disk_full or "the buffer's disk has room again; the run goes on")
-        self._waits.add(report.waits_s)
+        dropped = report.counts.dropped.get(OVER_STALE, 0)
+        self.stale_rollouts += max(0, dropped - self._stale_dropped)
+        self._stale_dropped = dropped
+        self._waits.add(report.waits_s, max(1, len(self._engines)))
         fact = self._snapshot(report)
+        self.before, self.last = self.last, fact
         self._metrics.write(fact)
         self._view.update(fact)
 
@@ -134,5 +155,7 @@ class Observer:
             learner_state=self.learner_state,
             learner_tokens_per_s=self._learner_tokens_per_s,
             engine_tokens_per_s=sum(engine.tokens_per_s for engine in self._engines),
-            waits=self._waits.mean_s,
+            waits=dict(self._waits.mean_s),
+            state=self.state,
+            pools=self._pools,
         )

@@ -1,20 +1,28 @@
-"""Ray: starting or joining it, reserving room for the whole run at once, and making the parts as actors.
+"""Ray: starting or joining it, and making the parts of a run as actors where there is room for them.
 
-Ray places, starts and watches processes; rollouts and weights do not travel through it. Called by `launch`.
+The learner's ranks are placed together; each engine has a room of its own, so that engines come and go one by one, and one
+that found no room gets it when a machine joins. Ray places, starts and watches processes; rollouts and weights do not travel
+through it. Called by `launch` and by the keepers of engines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 from typing import Any
 
-import msgspec
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from asyncrl.generators.config import PoolConfig
 from asyncrl.recipes import Recipe
 from asyncrl.recipes.preflight import usable_cores
 from asyncrl.runtime.buffer_part import BufferPart
@@ -23,20 +31,14 @@ from asyncrl.runtime.learner_part import LearnerPart
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest: nothing of size travels through it."""
-_RESERVE_S = 60.0
+RESERVE_S = 60.0
+"""What a run needs to begin must have room within that time."""
+_GPU_TYPE_SHARE = 0.001
+"""What Ray's own users take of `accelerator_type:X`, so that any number fits on a machine that has it."""
 
 
 class PlacementError(RuntimeError):
     """The machines that Ray knows have no room for the run."""
-
-
-class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """The parts of a run, as Ray's handles. (Handles have no public type.)"""
-
-    buffers: list[Any]
-    """One of each shard."""
-    engines: dict[str, Any]
-    learners: list[Any]
 
 
 def start_ray(recipe: Recipe) -> None:
@@ -65,30 +67,15 @@ def start_ray(recipe: Recipe) -> None:
     )
 
 
-def place(recipe: Recipe, folder: str, run_id: str) -> Placed:
-    """Makes every part; Ray starts their processes at once. Raises PlacementError."""
-    host = "127.0.0.1" if not recipe.run.ray_address else ray.util.get_node_ip_address()
-    shares = iter(_reserve(_demands(recipe)))
-    buffers = _buffers(recipe, folder, run_id, host)
-    engines, learners = {}, []
-    address = f"{host}:{free_port(host)}"
-    for rank in range(recipe.learner.ranks):
-        learner = ray.remote(LearnerPart).options(**next(shares), name=f"{run_id}-learner-{rank}")
-        learners.append(learner.remote(recipe, folder, rank, address, run_id, host))
-    for pool_index, pool in enumerate(recipe.pools):
-        for index in range(pool.engines):
-            engine_id = f"{pool.name}-{index}"
-            engine = ray.remote(EnginePart).options(
-                **next(shares), max_concurrency=16, name=f"{run_id}-{engine_id}"
-            )
-            engines[engine_id] = engine.remote(recipe, folder, pool_index, engine_id, None)
-    return Placed(buffers=buffers, engines=engines, learners=learners)
+def own_host(recipe: Recipe) -> str:
+    """Where the parts of this machine listen for the others."""
+    return "127.0.0.1" if not recipe.run.ray_address else str(ray.util.get_node_ip_address())
 
 
-def _buffers(recipe: Recipe, folder: str, run_id: str, host: str) -> list[Any]:
+def place_buffers(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
     """Beside the launcher, where the log is: Ray starts them again there when they die, and repeats no call of its own."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    part = ray.remote(BufferPart)
+    part, host = ray.remote(BufferPart), own_host(recipe)
     options = {"num_cpus": 0, "max_concurrency": 4, "max_restarts": -1, "max_task_retries": 0}
     return [
         part.options(**options, scheduling_strategy=here, name=f"{run_id}-buffer-{shard}").remote(
@@ -98,41 +85,98 @@ def _buffers(recipe: Recipe, folder: str, run_id: str, host: str) -> list[Any]:
     ]
 
 
-def _demands(recipe: Recipe) -> list[dict[str, float]]:
-    """What each rank and each engine needs of Ray's resources, in the order of placing; a fake engine nothing."""
-    learner = recipe.learner
+def place_learners(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
+    """All ranks at once, or none. Raises PlacementError."""
+    learner, host = recipe.learner, own_host(recipe)
     rank = {"CPU": float(learner.cores)} if learner.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
-    demands = [rank] * learner.ranks
-    for pool in recipe.pools:
-        if pool.engine == "fake":
-            engine = {}
-        elif pool.device == "cpu":
-            engine = {"CPU": float(pool.cores)}
-        else:
-            engine = {"CPU": 1.0, "GPU": float(pool.tensor_parallel)}
-        demands += [engine] * pool.engines
-    return demands
-
-
-def _reserve(demands: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Reserves all at once, or nothing; returns each part's options for Ray."""
-    bundles = [demand for demand in demands if demand]
-    room: PlacementGroup = placement_group(bundles, strategy="PACK")
-    if not room.wait(_RESERVE_S):
-        have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
-        free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-        want = {k: sum(d.get(k, 0.0) for d in demands) for k in ("CPU", "GPU")}
-        raise PlacementError(
-            f"Ray found no room within {_RESERVE_S:.0f} s: the run wants {want}, the cluster has {have}, free are {free}. "
-            "Lower engines, ranks or cores, or add machines."
+    room = placement_group([rank] * learner.ranks, strategy="PACK")
+    if not room.wait(RESERVE_S):
+        raise no_room(f"{learner.ranks} learner ranks with {rank} each", "Lower learner.ranks or cores")
+    address = f"{host}:{free_port(host)}"
+    part = ray.remote(LearnerPart)
+    return [
+        part.options(**_options(rank, room, index), name=f"{run_id}-learner-{index}").remote(
+            recipe, folder, index, address, run_id, host
         )
-    index = iter(range(len(bundles)))
-    return [_options(demand, room, next(index)) if demand else {"num_cpus": 0} for demand in demands]
+        for index in range(learner.ranks)
+    ]
 
 
-def _options(demand: dict[str, float], room: PlacementGroup, index: int) -> dict[str, Any]:
+def demand(pool: PoolConfig) -> dict[str, float]:
+    """What one engine of `pool` takes of Ray's resources; a fake engine only what the recipe names."""
+    taken = dict(pool.resources)
+    if pool.gpu_type:
+        taken[f"accelerator_type:{pool.gpu_type}"] = _GPU_TYPE_SHARE
+    if pool.engine == "fake":
+        return taken
+    if pool.device == "cpu":
+        return {"CPU": float(pool.cores), **taken}
+    return {"CPU": 1.0, "GPU": float(pool.tensor_parallel), **taken}
+
+
+class EngineRoom:
+    """A place for one engine: asked for when made, had when `is_ready`, given back by `release`."""
+
+    def __init__(self, pool: PoolConfig) -> None:
+        self._demand = demand(pool)
+        self._group: PlacementGroup | None = None
+        if self._demand:
+            self._group = placement_group([self._demand], strategy="STRICT_PACK")
+
+    def is_ready(self) -> bool:
+        """Asks Ray's head, which takes a few milliseconds."""
+        return self._group is None or placement_group_table(self._group)["state"] == "CREATED"
+
+    def wants(self) -> str:
+        return ", ".join(f"{name} {amount:g}" for name, amount in self._demand.items()) or "nothing"
+
+    def make_engine(self, recipe: Recipe, folder: str, run_id: str, pool_index: int, engine_id: str) -> Any:
+        """Ray starts its process at once."""
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+        if self._group is not None:
+            options = _options(self._demand, self._group, 0)
+        part = ray.remote(EnginePart).options(**options, max_concurrency=16, name=f"{run_id}-{engine_id}")
+        return part.remote(recipe, folder, pool_index, engine_id, None)
+
+    def release(self) -> None:
+        """Whatever still runs there is ended by Ray. May be called twice."""
+        group, self._group = self._group, None
+        if group is not None:
+            remove_placement_group(group)
+
+
+def end_actor(actor: Any) -> None:
+    """Kills its process, if there is one."""
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):
+        ray.kill(actor, no_restart=True)
+
+
+def no_room(wanted: str, advice: str) -> PlacementError:
+    """With what the cluster has and what of it is free."""
+    named = ("CPU", "GPU")
+    have = {k: v for k, v in ray.cluster_resources().items() if k in named or not _is_of_ray(k)}
+    free = {k: v for k, v in ray.available_resources().items() if k in have}
+    return PlacementError(
+        f"Ray found no room within {RESERVE_S:.0f} s: wanted {wanted}, the cluster has {have}, free are {free}. "
+        f"{advice}, or add machines."
+    )
+
+
+def _is_of_ray(resource: str) -> bool:
+    """Whether Ray made it up itself: memory, one entry for each machine and each placement group."""
+    return (
+        resource in ("memory", "object_store_memory") or resource.startswith("node:") or "_group_" in resource
+    )
+
+
+def _options(taken: dict[str, float], room: PlacementGroup, index: int) -> dict[str, Any]:
     strategy = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=index)
-    return {"scheduling_strategy": strategy, "num_cpus": demand["CPU"], "num_gpus": demand.get("GPU", 0.0)}
+    return {
+        "scheduling_strategy": strategy,
+        "num_cpus": taken.get("CPU", 0.0),
+        "num_gpus": taken.get("GPU", 0.0),
+        "resources": {k: v for k, v in taken.items() if k not in ("CPU", "GPU")},
+    }
 
 
 def free_port(host: str) -> int:

@@ -14,23 +14,20 @@ from asyncrl.runtime.learner_part import StepOutcome
 class Waits:
     """Seconds waited since launch, by cause, from what the buffer's processes counted since they started."""
 
-    def __init__(self, engines: int) -> None:
-        self._engines = engines
+    def __init__(self) -> None:
         self._seen: dict[str, float] = {}
-        self._total_s: dict[str, float] = {}
+        self.mean_s: dict[str, float] = {}
+        """Engines wait side by side: their seconds are shared out, so that no cause grows faster than time."""
 
-    def add(self, waits_s: Mapping[str, float]) -> None:
-        """A count that went down is that of a process that was started again: it began from 0."""
+    def add(self, waits_s: Mapping[str, float], engines: int) -> None:
+        """`engines`: how many there are now. A count that went down is that of a process that was started again: it began
+        from 0."""
         for cause, seconds in waits_s.items():
             before = self._seen.get(cause, 0.0)
             grown = seconds - before if seconds >= before else seconds
-            self._total_s[cause] = self._total_s.get(cause, 0.0) + grown
             self._seen[cause] = seconds
-
-    @property
-    def mean_s(self) -> dict[str, float]:
-        """Engines wait side by side: their seconds are shared out, so that no cause grows faster than time."""
-        return {c: s / self._engines if c == facts.ENGINES_WAIT else s for c, s in self._total_s.items()}
+            mean = grown / engines if cause == facts.ENGINES_WAIT else grown
+            self.mean_s[cause] = self.mean_s.get(cause, 0.0) + mean
 
 
 def buffer_facts(report: Report, recoveries: int) -> facts.BufferFacts:
@@ -102,6 +99,7 @@ def step_facts(
             "drift_k3": _number(metrics.drift_k3),
             "drift_max": _number(metrics.drift_max),
             "tokens_padded": metrics.tokens_padded,
+            "tokens_environment": metrics.tokens_environment,
             "forward_s": metrics.forward_s,
             "backward_s": metrics.backward_s,
             "optimizer_s": metrics.optimizer_s,

@@ -24,6 +24,7 @@ class RunFolder:
         self.logs = path / "logs"
         self.model = path / "model"
         self.keys = path / "keys"
+        self.control = path / "endpoints" / "control"
 
     def log(self, part: str) -> Path:
         return self.logs / f"{part}.log"

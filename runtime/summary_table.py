@@ -61,7 +61,7 @@ def summary_rows(summary: Summary) -> list[list[Row]]:
 
 
 def _run(summary: Summary) -> list[Row]:
-    style = {"finished": GOOD, "stopped": "yellow"}.get(summary.outcome, BAD)
+    style = {"finished": GOOD, "drained": GOOD, "stopped": "yellow"}.get(summary.outcome, BAD)
     return [
         Row("outcome", summary.outcome, style),
         Row("run", summary.run.name),

@@ -1,17 +1,26 @@
 """`asyncrl sft`: the model that a recipe starts from, made from prompt/answer pairs. Called by the CLI.
 
-Prompts come from `generators`, training from `learner`; here the two meet.
+Prompts come from `generators`, training from `learner`; here the two meet. Demonstrations of several turns are played with
+the recipe's environment, in its worker processes, so that what is imitated is what a run will see.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
 
-from asyncrl.generators.prompts import pairs
+from asyncrl.buffer.schema import ENVIRONMENT
+from asyncrl.generators.config import EnvironmentConfig
+from asyncrl.generators.prompts import Reply, pairs
+from asyncrl.generators.turns import open_turns
 from asyncrl.learner.config import SFTConfig
 from asyncrl.learner.sft import SFTProgress, sft_tokenizer, train_sft
 from asyncrl.recipes import Recipe
@@ -23,7 +32,7 @@ _LINE_EVERY = 50
 def make(recipe: Recipe, config: SFTConfig, console: Console) -> None:
     """Writes `recipe.model.path`. Nothing else runs meanwhile, so every core of the machine computes."""
     transformers.logging.disable_progress_bar()
-    examples = pairs(config.source, config.answer_field, sft_tokenizer(config), recipe.prompts, config.seed)
+    tokenizer = sft_tokenizer(config)
     bar = Progress(
         TextColumn("supervised fine-tuning"),
         BarColumn(),
@@ -32,7 +41,16 @@ def make(recipe: Recipe, config: SFTConfig, console: Console) -> None:
         console=console,
         disable=not console.is_terminal,
     )
-    with bar:
+    with bar, _replies(recipe.environment, tokenizer) as reply:
+        examples = pairs(
+            config.source,
+            config.answer_field,
+            tokenizer,
+            recipe.prompts,
+            config.seed,
+            stop_tokens=recipe.environment.stop_tokens if recipe.environment else (),
+            reply=reply,
+        )
         task = bar.add_task("sft", total=config.steps, loss=float("nan"))
 
         def show(done: SFTProgress) -> None:
@@ -49,3 +67,26 @@ def make(recipe: Recipe, config: SFTConfig, console: Console) -> None:
             device=recipe.learner.device,
             progress=show,
         )
+
+
+@contextlib.contextmanager
+def _replies(config: EnvironmentConfig | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[Reply | None]:
+    """The recipe's environment with the new model's tokenizer, as a plain function; None where it has none.
+
+    Its workers read the tokenizer from a folder, which the model does not have yet. Raises `FunctionError`.
+    """
+    with tempfile.TemporaryDirectory(prefix="asyncrl-tokenizer-") as folder, asyncio.Runner() as runner:
+        tokenizer.save_pretrained(folder)
+        turns = open_turns(config, folder)
+        if turns is None:
+            yield None
+            return
+
+        def reply(prompt: list[int], answer: list[int], said: list[bool], payload: str) -> list[int] | None:
+            origin = [0 if by_model else ENVIRONMENT for by_model in said]
+            return runner.run(turns.next_turn(prompt, answer, origin, payload))
+
+        try:
+            yield reply
+        finally:
+            turns.end()

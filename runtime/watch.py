@@ -1,7 +1,7 @@
 """Awaits the parts of a run: their short calls with a deadline, their long calls until the first of them ends.
 
 Whatever ends by itself ends the phase that is under way, with its own error; nothing is waited for in vain. One event loop.
-Called by the supervisor and by `buffer_watch`.
+Called by the supervisor, the fleet and `buffer_watch`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from asyncrl.runtime.run_folder import RunFolder
 class PartFailed(RuntimeError):
     """A part of the run broke or died: which, its traceback, the end of its log."""
 
+    process_died = False
+    """The process is gone, which says nothing against what it ran: it may be started again."""
+
 
 class Stopped(Exception):
     """Somebody asked the run to end."""
@@ -28,7 +31,7 @@ class Watch:
     """`watched` are the calls that last as long as the run, by the name of their part."""
 
     def __init__(self, folder: RunFolder, stop: asyncio.Event) -> None:
-        self._folder = folder
+        self.folder = folder
         self._stop = stop
         self._watched: dict[str, asyncio.Task[Any]] = {}
 
@@ -50,14 +53,16 @@ class Watch:
         try:
             return await reference
         except ray.exceptions.RayError as error:
-            raise PartFailed(self.report(part, str(error))) from error
+            failed = PartFailed(self.report(part, str(error)))
+            failed.process_died = isinstance(error, ray.exceptions.RayActorError)
+            raise failed from error
 
     async def call(self, part: str, reference: Any, timeout_s: float) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
                 return await self.outcome(part, reference)
         except TimeoutError:
-            log = tail(self._folder.log(part))
+            log = tail(self.folder.log(part))
             raise PartFailed(
                 f"{part} gave no answer within {timeout_s:.0f} s. The end of its log:\n{log}"
             ) from None
@@ -86,10 +91,10 @@ class Watch:
             if watched.done() and not task.done():
                 watched.result()
                 raise PartFailed(
-                    f"{part} ended by itself before the run was over; see {self._folder.log(part)}"
+                    f"{part} ended by itself before the run was over; see {self.folder.log(part)}"
                 )
 
     def report(self, part: str, error: str) -> str:
         """The part's own traceback is within Ray's error text; the log's tail shows what its children said."""
-        log = tail(self._folder.log(part.removesuffix(" dispatcher")))
-        return f"{part} failed: {error}\n--- the end of its log ({self._folder.logs}) ---\n{log}"
+        log = tail(self.folder.log(part.removesuffix(" dispatcher")))
+        return f"{part} failed: {error}\n--- the end of its log ({self.folder.logs}) ---\n{log}"

@@ -3,13 +3,11 @@ proxy that loses answers, shards as processes that can be killed, and a folder o
 
 import asyncio
 import contextlib
-import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,12 +23,11 @@ from asyncrl.buffer import (
     BufferConfig,
     Segment,
     StalenessConfig,
-    ledger_settings,
+    process,
     wire,
 )
 from asyncrl.buffer.columns import slices
 from asyncrl.buffer.keys import make_keys, secure_client
-from asyncrl.buffer.process import ProcessConfig
 from asyncrl.buffer.reading import read_log, rollouts_table
 from tests.buffers import admit_all
 
@@ -122,8 +119,8 @@ def goes_round(buffer, *, tokens=4, engine="lives"):
 
 
 def accounts(status):
-    """What must not change where nothing happened. (Waiting times grow all the time.)"""
-    return msgspec.structs.replace(status, waits_s={}, recovery=None)
+    """What must not change where nothing happened, nor by a restart. (Waiting times grow all the time.)"""
+    return msgspec.structs.replace(status, waits_s={}, recovery=None, rotations=0, longest_rotation_s=0.0)
 
 
 # ---- below the client ----------------------------------------------------------------------------------------------------
@@ -252,54 +249,45 @@ class ProcessBuffer:
         self.address = BufferAddress(
             endpoints=tuple(f"tcp://127.0.0.1:{port}" for port in self.ports), keys=self.client_keys
         )
+        self._files = process.describe(
+            self.folder,
+            self.config,
+            staleness,
+            prompts_per_step,
+            rollouts_per_prompt,
+            log_folder=self.log_folder,
+            ports=self.ports,
+        )
         for shard in range(self.config.shards):
-            settings = ledger_settings(self.config, staleness, prompts_per_step, rollouts_per_prompt, shard)
-            described = ProcessConfig(
-                settings=settings,
-                buffer=self.config,
-                folder=str(self.log_folder / str(shard)),
-                keys=str(self.folder / "keys"),
-                endpoint_file=str(self.folder / f"endpoint-{shard}"),
-                parent=os.getpid(),
-                port=self.ports[shard],
-            )
-            (self.folder / f"process-{shard}.json").write_bytes(msgspec.json.encode(described))
             self.start(shard)
         self.client = BlockingBufferClient(self.address)
 
     def start(self, shard=0):
-        with (self.folder / f"log-{shard}.txt").open("ab") as log:
-            self.processes[shard] = subprocess.Popen(
-                [sys.executable, "-m", "asyncrl.buffer.process", str(self.folder / f"process-{shard}.json")],
-                cwd=self.folder,
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
-                stderr=log,
-                stdout=log,
-            )
+        self.processes[shard] = process.start(self._files[shard])
 
     def kill(self, shard=0):
         """SIGKILL; returns when the process is gone. It must have lived until now."""
-        process = self.processes[shard]
-        assert process.poll() is None, f"shard {shard} ended by itself ({process.returncode}):\n{self.said()}"
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        killed = self.processes[shard]
+        assert killed.poll() is None, f"shard {shard} ended by itself ({killed.returncode}):\n{self.said()}"
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(10)
 
     def said(self, last_bytes=3000):
-        return "\n".join(p.read_text()[-last_bytes:] for p in sorted(self.folder.glob("log-*.txt")))
+        return "\n".join(files.said.read_text()[-last_bytes:] for files in self._files)
 
     def stop(self):
         """In order, so that the log is whole; the processes end by themselves, with 0."""
         counts = self.client.stop()
-        for process in self.processes:
-            assert process.wait(10) == 0, self.said()
+        for ended in self.processes:
+            assert ended.wait(10) == 0, self.said()
         return counts
 
     def close(self):
         self.client.close()
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait(10)
+        for left in self.processes:
+            if left.poll() is None:
+                left.kill()
+                left.wait(10)
 
 
 @contextlib.contextmanager

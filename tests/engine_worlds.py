@@ -23,6 +23,7 @@ from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.engine import Chunk, Engine, GenerationRequest
 from asyncrl.generators.fake_engine import FakeEngine
 from asyncrl.generators.fake_speech import Lengths, probe_logprobs, weights_digest
+from asyncrl.generators.in_flight import InFlight
 from asyncrl.generators.vllm_engine import VLLMEngine
 from asyncrl.weight_sync.wire import Offer
 
@@ -124,14 +125,16 @@ class FakeWorld(World):
     vocab_size = 64
     max_tokens = 10_000
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_flight: InFlight = "keep") -> None:
         shapes = {"a": (64, 64), "b": (7,)}
         weights = {
             kind: {name: torch.full(shape, float(index)) for name, shape in shapes.items()}
             for index, kind in enumerate(("random", "other", "repeat", "change"))
         }
         super().__init__(weights)
-        self.fake = FakeEngine(vocab_size=64, step_s=0.001, lengths=Lengths(median_tokens=1e9))
+        self.fake = FakeEngine(
+            vocab_size=64, step_s=0.001, lengths=Lengths(median_tokens=1e9), in_flight=in_flight
+        )
         self.engine = self.fake
         self.run(self.engine.start())
 
@@ -151,7 +154,17 @@ class VLLMWorld(World):
 
     max_tokens = 768
 
-    def __init__(self, folder: Path, *, tied: bool, device: str = "cpu", dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tied: bool,
+        device: str = "cpu",
+        dtype: str = "float32",
+        in_flight: InFlight = "keep",
+        prefix_cache: bool = True,
+        kv_cache_bytes: int = 2**27,
+    ) -> None:
         tiny.write_model(folder, tied=tied)
         self.tied = tied
         self.models = {"random": Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)}
@@ -164,12 +177,19 @@ class VLLMWorld(World):
             name="test",
             device="cpu" if device == "cpu" else "cuda",
             concurrency=16,
-            kv_cache_bytes=2**27,
+            kv_cache_bytes=kv_cache_bytes,
             memory_fraction=0.3,
             dtype="float32" if dtype == "float32" else "bfloat16",
             start_timeout_s=240.0,
         )
-        self.vllm = VLLMEngine(self.pool, str(folder), f"test-{tied}", self.max_tokens)
+        self.vllm = VLLMEngine(
+            self.pool,
+            str(folder),
+            f"test-{tied}",
+            self.max_tokens,
+            in_flight=in_flight,
+            prefix_cache=prefix_cache,
+        )
         self.engine = self.vllm
 
     def start(self) -> None:

@@ -3,8 +3,8 @@
 Two driver processes hold the engines, each with a connection of its own (1,000 engines are 1,000 CURVE sockets). An engine
 does what a dispatcher does, with sleeping in place of sampling: every `flush_tokens` tokens it appends one segment for each of its slots, scores
 what is finished, and leases as many rollouts as it has free slots. A learner reads and commits batches as they become
-whole, a feeder admits what there is room for. The clock of the
-figures starts when every slot was filled and an eighth of them was trained.
+whole, a feeder admits what there is room for. The clock of the figures starts when every slot was filled and an eighth of
+them was trained. At the end the buffer's process is killed, and another one reads its log back.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flush-tokens", type=int, default=64)
     parser.add_argument("--tokens-per-s", type=float, default=30.0, help="of one slot")
     parser.add_argument("--mean-tokens", type=int, default=512)
+    parser.add_argument(
+        "--rotate-bytes",
+        type=int,
+        default=BufferConfig().rotate_bytes,
+        help="where a new file of the log begins",
+    )
 
 
 class FakeEngine:
@@ -234,14 +240,13 @@ class Learner(threading.Thread):
 
 
 @contextmanager
-def world(load: Load) -> Iterator[tuple[Shards, list[Connection], BlockingBufferClient, Learner]]:
+def world(load: Load, shards: Shards) -> Iterator[tuple[list[Connection], BlockingBufferClient, Learner]]:
+    """Feeder, learner and engines; they end with it."""
     with ExitStack() as resources:
-        folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="bench-engines-")))
-        shards = Shards(folder, BufferConfig(), BATCH_GROUPS, load.bound)
-        resources.callback(shards.close)
         version = SPAWN.Value("q", 0)
         client, watcher = BlockingBufferClient(shards.address), BlockingBufferClient(shards.address)
         resources.callback(watcher.close)
+        resources.callback(client.close)
         client.publish(0)
         learner, feeder = Learner(client, version), Feeder(shards.address)
         for thread in (learner, feeder):
@@ -259,7 +264,7 @@ def world(load: Load) -> Iterator[tuple[Shards, list[Connection], BlockingBuffer
             resources.callback(process.join, 10)
             resources.callback(process.terminate)
             pipes.append(ours)
-        yield shards, pipes, watcher, learner
+        yield pipes, watcher, learner
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -271,7 +276,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tokens_per_s=args.tokens_per_s,
         mean_tokens=args.mean_tokens,
     )
-    with world(load) as (shards, pipes, watcher, learner):
+    with ExitStack() as resources:
+        folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="bench-engines-")))
+        config = BufferConfig(rotate_bytes=args.rotate_bytes)
+        shards = Shards(folder, config, BATCH_GROUPS, load.bound)
+        resources.callback(shards.close)
+        figures = {**msgspec.structs.asdict(load), **work(load, shards), **recover(shards)}
+    show(figures)
+    return figures
+
+
+def work(load: Load, shards: Shards) -> dict[str, Any]:
+    """The figures of `load.seconds` of steady state."""
+    with world(load, shards) as (pipes, watcher, learner):
         deadline = time.monotonic() + _WAIT_S
         # Waits for the engines to fill their slots and for the first batches; ends with that, or in time.
         while learner.rollouts < load.engines * load.slots // 8:
@@ -287,8 +304,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for pipe in pipes:
             pipe.send_bytes(b"end")
         seen = [msgspec.msgpack.decode(receive(pipe), type=Seen) for pipe in pipes]
-    figures = {
-        **msgspec.structs.asdict(load),
+    return {
         "lease_ms": percentiles([s for each in seen for s in each.lease_s]),
         "append_ms": percentiles([s for each in seen for s in each.append_s]),
         "late_ms": percentiles([s for each in seen for s in each.late_s]),
@@ -301,12 +317,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dropped": report.counts.dropped,
         "equation_holds": report.counts.holds,
         "held_token_bytes": report.held_bytes,
+        "rotations": report.rotations,
+        "longest_rotation_s": report.longest_rotation_s,
         "rss_bytes": rss,
         "service_cpu_share": service_s / load.seconds,
         "driver_cpu_shares": [each.cpu_s / load.seconds for each in seen],
     }
-    show(figures)
-    return figures
+
+
+def recover(shards: Shards) -> dict[str, Any]:
+    """Kills the buffer where it stands and starts it again: how long that takes, beside a start without a log."""
+    restart_s = shards.kill_and_restart()
+    client = BlockingBufferClient(shards.address)
+    try:
+        report = client.status()
+    finally:
+        client.close()
+    if report.recovery is None or not report.counts.holds:
+        raise RuntimeError(f"nothing, or not all, was recovered: {report}")
+    return {
+        "start_without_a_log_s": shards.start_s,
+        "restart_s": restart_s,
+        "recovered": msgspec.structs.asdict(report.recovery),
+    }
 
 
 def cpu_of(shards: Shards) -> float:
@@ -330,5 +363,5 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def show(figures: dict[str, Any]) -> None:
     drawn = Table("what", "figure")
     for name, value in figures.items():
-        drawn.add_row(name, f"{value:,.1f}" if isinstance(value, float) else str(value))
+        drawn.add_row(name, f"{value:,.2f}" if isinstance(value, float) else str(value))
     rich.print(drawn)

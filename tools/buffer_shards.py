@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import psutil
 
 from asyncrl.buffer import (
@@ -19,10 +16,9 @@ from asyncrl.buffer import (
     BufferAddress,
     BufferConfig,
     StalenessConfig,
-    ledger_settings,
+    process,
 )
 from asyncrl.buffer.keys import make_keys
-from asyncrl.buffer.process import ProcessConfig
 
 GROUP: Final = 8
 """Rollouts per prompt."""
@@ -70,38 +66,41 @@ class Shards:
         profile: str = "",
         stages: Sequence[str] = (),
     ) -> None:
-        self.folder = folder
-        _, client_keys = make_keys(folder / "keys")
+        _, self._keys = make_keys(folder / "keys")
         staleness = StalenessConfig(max_staleness_versions=bound)
-        self.processes = []
-        for shard in range(config.shards):
-            process = ProcessConfig(
-                settings=ledger_settings(config, staleness, prompts_per_step, GROUP, shard),
-                buffer=config,
-                folder=str(folder / "rollouts" / str(shard)),
-                keys=str(folder / "keys"),
-                endpoint_file=str(folder / f"endpoint-{shard}"),
-                parent=os.getpid(),
-            )
-            path = folder / f"process-{shard}.json"
-            path.write_bytes(msgspec.json.encode(process))
-            code = ["-m", "asyncrl.buffer.process", str(path)]
-            if profile:
-                code = ["-c", STAGED if stages else PROFILED, str(path), profile, json.dumps(list(stages))]
-            with (folder / f"log-{shard}").open("wb") as log:
-                self.processes.append(subprocess.Popen([sys.executable, "-P", *code], stderr=log))
-        endpoints = tuple(self._endpoint(shard) for shard in range(config.shards))
-        self.address = BufferAddress(endpoints=endpoints, keys=client_keys)
+        self._files = process.describe(folder, config, staleness, prompts_per_step, GROUP)
+        began = time.monotonic()
+        code = ("-c", STAGED if stages else PROFILED) if profile else ()
+        arguments = (profile, json.dumps(list(stages))) if profile else ()
+        self.processes = [process.start(files, code, arguments) for files in self._files]
+        self.address = self._find()
+        self.start_s = time.monotonic() - began
+        """From the start of the processes, on empty folders, until they take requests."""
+
+    def _find(self) -> BufferAddress:
+        endpoints = tuple(self._endpoint(shard) for shard in range(len(self._files)))
+        return BufferAddress(endpoints=endpoints, keys=self._keys)
+
+    def kill_and_restart(self) -> float:
+        """SIGKILL for all, then new processes on what they left, at new addresses; returns the seconds until those take
+        requests."""
+        for killed in self.processes:
+            killed.kill()
+            killed.wait(_END_S)
+        began = time.monotonic()
+        self.processes = [process.start(files) for files in self._files]
+        self.address = self._find()
+        return time.monotonic() - began
 
     def _endpoint(self, shard: int) -> str:
-        file, deadline = self.folder / f"endpoint-{shard}", time.monotonic() + _START_S
+        files, deadline = self._files[shard], time.monotonic() + _START_S
         # Waits for the service to write its endpoint; ends with it, with its process, or in time.
-        while not file.exists():
+        while not files.endpoint.exists():
             if time.monotonic() > deadline or self.processes[shard].poll() is not None:
-                log = (self.folder / f"log-{shard}").read_text()
-                raise RuntimeError(f"shard {shard} did not come up within {_START_S:.0f} s:\n{log[-2000:]}")
-            time.sleep(0.02)
-        return file.read_text()
+                said = files.said.read_text()
+                raise RuntimeError(f"shard {shard} did not come up within {_START_S:.0f} s:\n{said[-2000:]}")
+            time.sleep(0.005)
+        return files.endpoint.read_text()
 
     @property
     def rss_bytes(self) -> int:
@@ -110,13 +109,13 @@ class Shards:
     def close(self) -> None:
         client = BlockingBufferClient(self.address)
         try:
-            if all(process.poll() is None for process in self.processes):
+            if all(each.poll() is None for each in self.processes):
                 client.stop()
         finally:
             client.close()
-            for process in self.processes:
+            for left in self.processes:
                 try:
-                    process.wait(_END_S)
+                    left.wait(_END_S)
                 except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait(_END_S)
+                    left.kill()
+                    left.wait(_END_S)

@@ -7,8 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from asyncrl.weight_sync.report import SyncReport
-    from asyncrl.weight_sync.transaction import TransactionReport
+    from asyncrl.weight_sync.report import SyncReport, TransactionReport
 
 
 class WeightSyncError(RuntimeError):
@@ -50,19 +49,15 @@ class EnginesMissing(WeightSyncError):
 
 
 class SyncAborted(WeightSyncError):
-    """No engine took the version: a member failed, or the deadline passed, before the commit point."""
+    """The version was given to nobody, for a fault on the learner's side; the old one stays live."""
 
     def __init__(self, message: str, report: TransactionReport) -> None:
         super().__init__(message, report)
         self.report = report
 
 
-class NoEngineApplied(WeightSyncError):
-    """The version was decided, and then every engine failed to apply it: none is in service."""
-
-    def __init__(self, message: str, report: TransactionReport) -> None:
-        super().__init__(message, report)
-        self.report = report
+class Dismissed(WeightSyncError):
+    """The publisher put this engine out of service; it must be started again."""
 
 
 class ProbeMismatch(WeightSyncError):

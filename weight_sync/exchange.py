@@ -1,5 +1,5 @@
 """One transaction on the publisher's socket: carries out its actions and feeds it answers, pings and time, until it
-is finished. The transaction decides; this file only talks. Made and used by the publisher, within `commit`.
+is finished. The transaction decides; this file only talks. Made and used by the publisher, in `commit` and `welcome`.
 """
 
 from __future__ import annotations
@@ -8,34 +8,41 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
 import zmq
 
 from asyncrl.weight_sync import wire
+from asyncrl.weight_sync.report import TransactionReport
 from asyncrl.weight_sync.transaction import (
     Actions,
     Finished,
     SendAbort,
     SendApply,
+    SendDismiss,
     SendOffer,
     Transaction,
-    TransactionReport,
 )
 
 logger = logging.getLogger(__name__)
 
 PING_S: Final = 0.5
 """How soon an engine that died in a sync is noticed, at most."""
+LOOK_S: Final = 0.05
+"""How soon it is noticed, at most, that the sync is to give way."""
 
 
 def messages(socket: zmq.Socket[bytes], ignored: Counter[str]) -> Iterator[tuple[str, wire.ToPublisher]]:
-    """What has arrived by now, with the engine that sent it; malformed messages are counted in `ignored`."""
+    """What has arrived by now, with the engine that sent it; what is no message of an engine is counted in `ignored`."""
     # Ends: as soon as the queue, which is bounded, is empty.
     while socket.poll(0):
         frames = socket.recv_multipart()
+        if frames[0].startswith(b"\0"):
+            # A name that the socket made up: whoever it is, it is no receiver.
+            ignored["message without a name"] += 1
+            continue
         try:
             engine_id = frames[0].decode()
             if len(frames) != 2:
@@ -61,8 +68,8 @@ class Exchange:
         """`probe`: tokens that each engine answers with their logprobs after it applied; empty: none."""
         self.answers: dict[str, tuple[float, ...]] = {}
         """Probe logprobs by engine."""
-        self.comings: list[tuple[str, wire.Join | wire.Leave]] = []
-        """Who came and went meanwhile, in order."""
+        self.comings: dict[str, wire.Join | wire.Leave] = {}
+        """Who came and went meanwhile: the last that each said of it."""
         self._socket = socket
         self._transaction = transaction
         self._attempt = propose.attempt
@@ -70,27 +77,37 @@ class Exchange:
         self._apply = wire.encode(wire.Apply(attempt=self._attempt, probe=probe))
         self._ping = wire.encode(wire.Ping())
 
-    def run(self) -> TransactionReport:
-        """Return when the transaction is finished, at its deadline at the latest. What interrupts it (Ctrl-C) is
-        taken as that deadline: before the commit point the engines are told to abort."""
+    def run(self, give_way: Callable[[], bool]) -> TransactionReport:
+        """Return when the transaction is finished, at its deadline at the latest.
+
+        Once `give_way()` is true, it is withdrawn if that can still be. What interrupts it (Ctrl-C, or what `give_way`
+        raises) withdraws it too; after the commit point, it is taken as the deadline.
+        """
         transaction = self._transaction
         try:
             self._carry_out(transaction.begin(time.monotonic()))
             next_ping = time.monotonic() + PING_S
-            # Waits for: answers. Unblocked by: engines, or the time of the next ping. Ends: finished, which
+            # Waits for: answers. Unblocked by: engines, or the time of the next look. Ends: finished, which
             # `tick` brings about at the deadline.
             while transaction.report is None:
-                wait_s = min(next_ping, transaction.next_deadline) - time.monotonic()
+                wait_s = min(LOOK_S, transaction.next_deadline - time.monotonic())
                 self._socket.poll(max(math.ceil(wait_s * 1000), 0))
                 self._take_in()
+                if give_way():
+                    self._carry_out(transaction.withdraw(time.monotonic(), "it gave way to another"))
                 if time.monotonic() >= next_ping:
                     self._look_for_the_dead()
                     next_ping = time.monotonic() + PING_S
                 self._carry_out(transaction.tick(time.monotonic()))
             return transaction.report
-        except BaseException:
+        except BaseException as error:
+            self._carry_out(transaction.withdraw(time.monotonic(), f"interrupted by {error!r}"))
             self._carry_out(transaction.tick(math.inf))
             raise
+
+    def dismiss(self, engine_id: str, reason: str) -> None:
+        """Put a member out of service after the end, if it can be told."""
+        self._send(engine_id, wire.encode(wire.Dismiss(attempt=self._attempt, reason=reason)))
 
     def _take_in(self) -> None:
         malformed: Counter[str] = Counter()
@@ -102,11 +119,11 @@ class Exchange:
     def _decide(self, engine_id: str, message: wire.ToPublisher) -> Actions:
         now, transaction = time.monotonic(), self._transaction
         if isinstance(message, wire.Join | wire.Leave):
-            self.comings.append((engine_id, message))
+            self.comings[engine_id] = message
             if engine_id not in transaction.members:
                 return []
-            gone = "it connected anew" if isinstance(message, wire.Join) else f"it left: {message.reason}"
-            return transaction.lost(engine_id, now, gone)
+            why = "it connected anew" if isinstance(message, wire.Join) else f"it left: {message.reason}"
+            return transaction.left(engine_id, now, why)
         if message.attempt != self._attempt:
             transaction.ignore(f"{type(message).__name__.lower()} of an earlier attempt")
             return []
@@ -125,15 +142,17 @@ class Exchange:
             if isinstance(action, Finished):
                 continue
             error = self._send(action.member, self._encoded(action))
-            # An abort need not arrive: an engine that is gone holds nothing.
-            if error and not isinstance(action, SendAbort):
+            # Neither an abort nor a dismissal need arrive: an engine that is gone holds nothing.
+            if error and not isinstance(action, SendAbort | SendDismiss):
                 todo.extend(self._transaction.lost(action.member, time.monotonic(), error))
 
-    def _encoded(self, action: SendOffer | SendApply | SendAbort) -> bytes:
+    def _encoded(self, action: SendOffer | SendApply | SendAbort | SendDismiss) -> bytes:
         if isinstance(action, SendOffer):
             return self._propose
         if isinstance(action, SendApply):
             return self._apply
+        if isinstance(action, SendDismiss):
+            return wire.encode(wire.Dismiss(attempt=self._attempt, reason=action.reason))
         report = self._transaction.report
         reason = report.reason if report else ""
         return wire.encode(wire.Abort(attempt=self._attempt, reason=reason))

@@ -4,8 +4,9 @@ Invariants
 ----------
 - The target is called by one task, one call at a time, in the order of the publisher's commands.
 - `apply` is called only for the version last staged, after the publisher's command.
-- A staging that fails leaves the old version live and the receiver at work. An `apply` or `probe` that fails leaves
-  weights of which nobody knows what they are: it is reported, and then ends the receiver with that error.
+- A staging that fails leaves the old version live; it is reported. An `apply` or `probe` that fails leaves weights of which
+  nobody knows what they are: it is reported, and then ends the receiver with that error.
+- An engine that the publisher goes on without is told so, which ends the receiver: it never serves old weights unnoticed.
 Runs in the engine's event loop; the publisher names the deadlines.
 """
 
@@ -24,7 +25,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from asyncrl.weight_sync import sockets, wire
-from asyncrl.weight_sync.errors import VersionTimeout, WeightSyncError
+from asyncrl.weight_sync.errors import Dismissed, VersionTimeout, WeightSyncError
 from asyncrl.weight_sync.wire import Offer
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ class Receiver:
         self._ended = False
 
     async def run(self) -> None:
-        """Join, and obey the publisher until cancelled. Raises what the target raised in `apply` or `probe`, or
-        `WeightSyncError` if the publisher speaks another language."""
+        """Join, and obey the publisher until cancelled, which leaves in order. Raises what the target raised in `apply` or
+        `probe`, `Dismissed`, or `WeightSyncError` if the publisher speaks another language."""
         context = zmq.asyncio.Context()
         socket, connections = sockets.dealer(context, self._endpoint, self._engine_id)
         poller = zmq.asyncio.Poller()
@@ -126,7 +127,14 @@ class Receiver:
             await self._propose(socket, command)
         elif isinstance(command, wire.Apply):
             await self._apply(socket, command)
-        elif command.attempt == self._attempt:
+        elif command.attempt > self._attempt:
+            return  # about an offer to an engine that had this name before
+        elif isinstance(command, wire.Dismiss):
+            raise Dismissed(
+                f"engine {self._engine_id}, version {self.version}: put out of service by {self._endpoint}, must be "
+                f"started again: {command.reason}"
+            )
+        else:
             logger.warning("engine=%s sync aborted reason=%s", self._engine_id, command.reason)
             await self._discard()
 
@@ -183,7 +191,7 @@ class Receiver:
             stall_s = await self._target.apply(offer)
             apply_s = time.monotonic() - started
             probe = await self._target.probe(command.probe) if command.probe else []
-        except BaseException as error:
+        except Exception as error:
             text = "".join(traceback.format_exception(error))
             _send_now(socket, wire.Failed(attempt=command.attempt, error=text))
             raise

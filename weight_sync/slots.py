@@ -4,8 +4,10 @@ Invariants
 ----------
 - Both files get all their memory when they are created, so that a full /dev/shm is an error at start and not a bus
   error in a copy; they are reused, as the first touch of a page costs several times a copy.
-- The file of the last committed version is not written while the next one is: they alternate at `committed`.
-- A file that an unaccounted engine may still read is left to it: `retire` unlinks it and makes a new one.
+- The file of the last committed version is not written while the next one is: they alternate at `committed`. So that
+  version can be offered to engines that come later, until the one after the next is begun.
+- A file that an unaccounted engine may still read is never written again: `Slot.retire` marks it, and when its turn to be
+  written comes, it is unlinked and a new one takes its name. Until then its bytes can still be offered.
 - `close` unlinks both. A killed learner leaves them; `shm.remove_leftovers` clears them away.
 Called by the publisher, from one thread.
 """
@@ -31,6 +33,7 @@ class Slot:
     def __init__(self, path: Path, size: int) -> None:
         """`size` in bytes. Replaces a file that a killed learner left. Raises `SharedMemoryError`."""
         self.path = path
+        self.retired = False
         self._map = _create(path, size)
         self._bytes = (
             torch.frombuffer(self._map, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
@@ -67,6 +70,10 @@ class Slot:
         """Of the bytes as they are now in shared memory."""
         return bucket_checksum(self._map, bucket)
 
+    def retire(self) -> None:
+        """An engine that does not answer may read this file for long: leave it the bytes."""
+        self.retired = True
+
     def close(self) -> None:
         """Unlink the file; engines that map it keep their bytes. May be called twice."""
         if self._map.closed:
@@ -93,18 +100,16 @@ class Slots:
             raise
 
     def next(self) -> Slot:
-        """The file to write the next version into."""
+        """The file to write the next version into. Raises `SharedMemoryError` if a retired one cannot be replaced."""
+        slot = self._slots[self._next]
+        if slot.retired:
+            slot.close()
+            self._slots[self._next] = Slot(slot.path, self._size)
         return self._slots[self._next]
 
     def committed(self) -> None:
         """The version in `next()` is live: leave its file alone while the next version is written."""
         self._next = (self._next + 1) % SLOTS
-
-    def retire(self, slot: Slot) -> None:
-        """An engine that does not answer may still read `slot`: leave it the bytes, and use new memory from now on."""
-        index = self._slots.index(slot)
-        slot.close()
-        self._slots[index] = Slot(slot.path, self._size)
 
     def close(self) -> None:
         """Unlink both files. May be called twice."""

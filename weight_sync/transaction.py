@@ -1,14 +1,17 @@
 """One sync as a two-phase transaction. Pure: facts in (with `now`), actions out; no clock, socket or file.
 
-    begin --offers--> STAGING --every member staged--> APPLYING --every member applied or out--> COMMITTED
-                         |                (the commit point)
-                         +--any failure, or the staging deadline--> ABORTED
+    begin --offers--> STAGING --everyone left staged--> APPLYING --everyone left applied--> COMMITTED
+                         |                 (the commit point)
+                         +--nobody is left, or it is withdrawn--> ABORTED
+
+A member that fails, is lost, leaves, or does not stage by the staging deadline is out, and the others go on without it.
 
 Invariants (held by `tests/unit/weight_sync/test_transaction.py` over random schedules)
 ----------
-- A member is told to apply only after every member has staged; nobody is told both to apply and to abort.
-- ABORTED: the old version stays live everywhere. COMMITTED: every member whose outcome is not `applied` is out of
-  service, and named with its error.
+- A member is told to apply only after it staged, and when every other one staged or is out; nobody is told both to apply
+  and to abort.
+- ABORTED: nobody was told to apply. COMMITTED: every member applied, left, or is out of service.
+- A member that is out of service is named with its error, and dismissed unless its connection is gone.
 - `Finished` comes exactly once and is the last action; a tick at or after `deadline` always brings it.
 - Facts that are late, repeated, premature or from strangers change nothing; each is counted with its reason.
 
@@ -24,9 +27,7 @@ from typing import Literal
 
 import msgspec
 
-Outcome = Literal["pending", "staged", "applied", "kept", "failed", "lost", "late"]
-"""pending and staged: on the way. applied: runs the new version. kept: did its part until others made it abort.
-failed: said so itself. lost: its connection is gone. late: did not answer by the deadline."""
+from asyncrl.weight_sync.report import MemberReport, Outcome, TransactionReport
 
 
 class Phase(enum.Enum):
@@ -36,53 +37,6 @@ class Phase(enum.Enum):
     APPLYING = "applying"
     COMMITTED = "committed"
     ABORTED = "aborted"
-
-
-class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one engine. Seconds are 0 for what it did not get to."""
-
-    outcome: Outcome = "pending"
-    error: str = ""
-    """The engine's traceback, or why it is counted out."""
-    staged_after_s: float = 0.0
-    """From the start of the transaction to the fact, by the publisher's clock."""
-    applied_after_s: float = 0.0
-    stage_s: float = 0.0
-    """By the engine's clock, as are the next two."""
-    apply_s: float = 0.0
-    stall_s: float = 0.0
-    """Time in which the engine could run no decode step."""
-
-
-class TransactionReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How the transaction ended."""
-
-    version: int
-    committed: bool
-    seconds: float
-    reason: str
-    """Why it was aborted; empty if it was committed."""
-    members: dict[str, MemberReport]
-    ignored: dict[str, int]
-    """Facts that changed nothing: reason -> count."""
-
-    @property
-    def out_of_service(self) -> dict[str, str]:
-        """Members that a committed version left behind, with their errors; empty after an abort."""
-        behind = {name: m.error for name, m in self.members.items() if m.outcome != "applied"}
-        return behind if self.committed else {}
-
-    def describe(self) -> str:
-        """The whole report as text: the decision, then one line per engine with its traceback under it."""
-        decision = (
-            "was committed" if self.committed else f"was aborted: {self.reason}; the old version stays live"
-        )
-        lines = [f"version {self.version} {decision}"]
-        for name, member in self.members.items():
-            lines.append(f"  {name}: {member.outcome}")
-            lines.extend(f"    {line}" for line in member.error.splitlines())
-        lines.extend(f"  ignored {count} x {reason}" for reason, count in self.ignored.items())
-        return "\n".join(lines)
 
 
 class SendOffer(msgspec.Struct, frozen=True):
@@ -103,13 +57,20 @@ class SendAbort(msgspec.Struct, frozen=True):
     member: str
 
 
+class SendDismiss(msgspec.Struct, frozen=True):
+    """Tell `member` that it is out of service."""
+
+    member: str
+    reason: str
+
+
 class Finished(msgspec.Struct, frozen=True):
     """The last action."""
 
     report: TransactionReport
 
 
-Action = SendOffer | SendApply | SendAbort | Finished
+Action = SendOffer | SendApply | SendAbort | SendDismiss | Finished
 Actions = list[Action]
 
 
@@ -119,9 +80,9 @@ class Transaction:
     def __init__(
         self, version: int, members: Iterable[str], *, now: float, staging_deadline: float, deadline: float
     ) -> None:
-        """Past `staging_deadline` without every member staged, it aborts; past `deadline` it ends in any case.
+        """Past `staging_deadline` it goes on without those that have not staged; past `deadline` it ends in any case.
 
-        Raises `ValueError` for no members or a staging deadline after the deadline.
+        Without members it aborts at once. Raises `ValueError` for a staging deadline after the deadline.
         """
         self.version = version
         self.phase = Phase.STAGING
@@ -131,9 +92,8 @@ class Transaction:
         self._started = now
         self._staging_deadline = staging_deadline
         self._deadline = deadline
+        self._offered = False
         self._ignored: Counter[str] = Counter()
-        if not self._members:
-            raise ValueError(f"version {version}: expected at least one engine to send it to, got none")
         if staging_deadline > deadline:
             raise ValueError(f"staging deadline {staging_deadline} is after the deadline {deadline}")
 
@@ -154,63 +114,66 @@ class Transaction:
         return [name for name, member in self._members.items() if member.outcome == owing]
 
     def begin(self, now: float) -> Actions:
-        """Make the offers, unless writing the bytes has used up the time already."""
-        return self.tick(now) or [SendOffer(name) for name in self._members]
+        """Make the offers, unless the time to stage is over already."""
+        if now >= self._staging_deadline:
+            return self._abort(now, "its time to be staged was over before it could be offered")
+        self._offered = True
+        return [SendOffer(name) for name in self._members] or self._go_on(now)
 
     def staged(self, name: str, now: float, stage_s: float) -> Actions:
         """`name` has the bytes and verified them. The last one to say so is the commit point."""
-        ended = self.tick(now)
+        due = self.tick(now)
         if not self._expects(name, "staged", "pending", Phase.STAGING):
-            return ended
+            return due
         self._update(name, outcome="staged", stage_s=stage_s, staged_after_s=now - self._started)
-        if self.waiting_for:
-            return []
-        self.phase = Phase.APPLYING
-        return [SendApply(member) for member in self._members]
+        return [*due, *self._go_on(now)]
 
     def applied(self, name: str, now: float, apply_s: float, stall_s: float) -> Actions:
         """`name` runs the new version."""
-        ended = self.tick(now)
+        due = self.tick(now)
         if not self._expects(name, "applied", "staged", Phase.APPLYING):
-            return ended
+            return due
         self._update(
             name, outcome="applied", apply_s=apply_s, stall_s=stall_s, applied_after_s=now - self._started
         )
-        return self._finish_if_settled(now)
+        return [*due, *self._go_on(now)]
 
     def failed(self, name: str, now: float, error: str) -> Actions:
         """`name` could not do what it was told to, and says why."""
-        ended = self.tick(now)
+        due = self.tick(now)
         owing: Outcome = "pending" if self.phase is Phase.STAGING else "staged"
         if not self._expects(name, "failed", owing, self.phase):
-            return ended
+            return due
         self._update(name, outcome="failed", error=error)
-        return self._out(now, f"{name} failed to stage")
+        return [*due, SendDismiss(name, error), *self._go_on(now)]
 
     def lost(self, name: str, now: float, error: str) -> Actions:
-        """`name` can no longer be reached: it counts as out also if it had answered."""
-        ended = self.tick(now)
-        if not self._open("lost") or not self._known(name, "lost"):
-            return ended
-        if self._members[name].outcome in ("failed", "lost"):
-            self.ignore("lost after it was out")
-            return []
-        self._update(name, outcome="lost", error=error)
-        return self._out(now, f"{name} was lost: {error}")
+        """`name` can no longer be reached: it is out also if it had answered."""
+        return self._gone(name, now, "lost", error)
+
+    def left(self, name: str, now: float, reason: str) -> Actions:
+        """`name` is no member any more, and nothing is wrong with it: it is out also if it had answered."""
+        return self._gone(name, now, "left", reason)
+
+    def withdraw(self, now: float, reason: str) -> Actions:
+        """Who asked for the sync needs the engines otherwise. Aborts before the commit point, changes nothing after it."""
+        due = self.tick(now)
+        if self.report is None and self.phase is Phase.STAGING:
+            return [*due, *self._abort(now, reason)]
+        return due
 
     def tick(self, now: float) -> Actions:
         """Time has passed."""
         if self.report is not None or now < self.next_deadline:
             return []
-        waiting = self.waiting_for
         allowed_s = self.next_deadline - self._started
-        for name in waiting:
-            self._update(
-                name, outcome="late", error=f"no answer within {allowed_s:.1f} s ({self.phase.value})"
-            )
-        if self.phase is Phase.STAGING:
-            return self._abort(now, f"not staged within {allowed_s:.1f} s by {', '.join(waiting)}")
-        return self._finish_if_settled(now)
+        error = f"no answer within {allowed_s:.1f} s ({self.phase.value})"
+        dismissed: Actions = [SendDismiss(name, error) for name in self.waiting_for]
+        for name in self.waiting_for:
+            self._update(name, outcome="late", error=error)
+        if self.phase is Phase.STAGING and now >= self._deadline:
+            return [*dismissed, *self._abort(now, "no time was left to apply it")]
+        return [*dismissed, *self._go_on(now)]
 
     def ignore(self, reason: str, count: int = 1) -> None:
         """Count a fact that changes nothing."""
@@ -237,25 +200,36 @@ class Transaction:
     def _update(self, name: str, **facts: object) -> None:
         self._members[name] = msgspec.structs.replace(self._members[name], **facts)
 
-    def _out(self, now: float, reason: str) -> Actions:
-        if self.phase is Phase.STAGING:
-            return self._abort(now, reason)
-        return self._finish_if_settled(now)
+    def _gone(self, name: str, now: float, outcome: Literal["lost", "left"], error: str) -> Actions:
+        due = self.tick(now)
+        if not self._open(outcome) or not self._known(name, outcome):
+            return due
+        if self._members[name].outcome in ("failed", "late", "lost", "left"):
+            self.ignore(f"{outcome} after it was out")
+            return due
+        self._update(name, outcome=outcome, error=error)
+        return [*due, *self._go_on(now)]
 
-    def _abort(self, now: float, reason: str) -> Actions:
-        # Also to members that failed or are late: they may hold the bytes, or be about to.
-        told: Actions = [SendAbort(name) for name, m in self._members.items() if m.outcome != "lost"]
-        for name, member in self._members.items():
-            if member.outcome in ("pending", "staged"):
-                self._update(name, outcome="kept")
-        self.phase = Phase.ABORTED
-        return [*told, self._finish(now, reason)]
-
-    def _finish_if_settled(self, now: float) -> Actions:
+    def _go_on(self, now: float) -> Actions:
+        """To the next phase, once nobody is waited for."""
         if self.waiting_for:
             return []
-        self.phase = Phase.COMMITTED
-        return [self._finish(now, "")]
+        if self.phase is Phase.APPLYING:
+            self.phase = Phase.COMMITTED
+            return [self._finish(now, "")]
+        staged = [name for name, member in self._members.items() if member.outcome == "staged"]
+        if not staged:
+            return self._abort(now, "no engine is left that could take it")
+        self.phase = Phase.APPLYING
+        return [SendApply(name) for name in staged]
+
+    def _abort(self, now: float, reason: str) -> Actions:
+        kept = [name for name, m in self._members.items() if m.outcome in ("pending", "staged")]
+        for name in kept:
+            self._update(name, outcome="kept")
+        self.phase = Phase.ABORTED
+        told: Actions = [SendAbort(name) for name in kept if self._offered]
+        return [*told, self._finish(now, reason)]
 
     def _finish(self, now: float, reason: str) -> Finished:
         self.report = TransactionReport(
@@ -263,6 +237,7 @@ class Transaction:
             committed=self.phase is Phase.COMMITTED,
             seconds=now - self._started,
             reason=reason,
+            offered=self._offered,
             members=dict(self._members),
             ignored=dict(self._ignored),
         )

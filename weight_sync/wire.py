@@ -51,6 +51,14 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     reason: str
 
 
+class Dismiss(msgspec.Struct, frozen=True, kw_only=True, tag="dismiss"):
+    """To an engine that took part in `attempt`: you are out of service. Nothing more comes over this connection, and what
+    you generate is of older versions than the others'. Not answered."""
+
+    attempt: int
+    reason: str
+
+
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
     """To an engine: nothing to do. That it cannot be sent is how the publisher learns that an engine is gone."""
 
@@ -94,7 +102,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The traceback."""
 
 
-ToEngine = Propose | Apply | Abort | Ping
+ToEngine = Propose | Apply | Abort | Dismiss | Ping
 ToPublisher = Join | Leave | Staged | Applied | Failed
 
 encode: Final = msgspec.msgpack.Encoder().encode

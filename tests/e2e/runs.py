@@ -1,15 +1,22 @@
 """Starting `asyncrl launch` as a user does, as a process of its own, and looking at what it leaves."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
+
+from asyncrl.learner.tiny_model import character_tokenizer, new_model
+
+SHARED_MEMORY = Path("/dev/shm")
 
 RECIPE = """
 [run]
@@ -89,6 +96,26 @@ class Run:
             assert time.monotonic() < deadline, f"no line {line!r}:\n{self.text}"
             time.sleep(0.1)
 
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Asks again and again; fails with the output when the run ends or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
+            assert time.monotonic() < deadline, f"it did not come to be:\n{self.text}"
+            time.sleep(0.2)
+
+    def command(self, name: str, *arguments: str, expect: int = 0) -> str:
+        """`asyncrl NAME RUN ...` from another process; its output."""
+        command = [sys.executable, "-P", "-m", "asyncrl.runtime.cli", name, str(self.folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == expect, f"{done.returncode}: {done.stdout}{done.stderr}\n{self.text}"
+        return done.stdout + done.stderr
+
+    def status(self) -> dict[str, Any]:
+        """As `asyncrl status --json` says it."""
+        found: dict[str, Any] = msgspec.json.decode(self.command("status", "--json"))
+        return found
+
     def descendants(self) -> list[psutil.Process]:
         return self.tree.children(recursive=True)
 
@@ -101,6 +128,19 @@ class Run:
             except psutil.NoSuchProcess:
                 continue
         raise AssertionError(f"no process named {word}: {[p.cmdline() for p in self.descendants()]}")
+
+    def engine(self, engine_id: str) -> psutil.Process | None:
+        """The process that writes the log of this life of an engine, once there is one."""
+        log = str(self.folder / "logs" / f"{engine_id}.log")
+        for process in psutil.process_iter():
+            try:
+                if os.readlink(f"/proc/{process.pid}/fd/1") == log and "EnginePart" in " ".join(
+                    process.cmdline()
+                ):
+                    return process
+            except (OSError, psutil.Error):
+                continue
+        return None
 
     def interrupt(self) -> None:
         os.kill(self.process.pid, signal.SIGINT)
@@ -121,3 +161,23 @@ class Run:
             except psutil.NoSuchProcess:
                 continue
         self.process.wait(10)
+
+
+@contextlib.contextmanager
+def launched(tmp_path: Path, model: Path, *overrides: str) -> Iterator[Run]:
+    """A run that is gone at the end, with its shared memory, however it ended."""
+    shared = set(SHARED_MEMORY.glob("asyncrl-*"))
+    run = Run(tmp_path, model, *overrides)
+    try:
+        yield run
+    finally:
+        run.kill()
+    assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared
+
+
+def tiny_model(folder: Path) -> Path:
+    """One that speaks of sums, with weights as they come."""
+    tokenizer = character_tokenizer("0123456789+=;")
+    tokenizer.save_pretrained(folder)
+    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=256, seed=0).save_pretrained(folder)
+    return folder

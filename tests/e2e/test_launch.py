@@ -1,40 +1,19 @@
 """The whole system, launched as a user does: Ray, buffer, engines, learner, weight sync, summary, and a clean end."""
 
-import contextlib
 import stat
 import time
-from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.buffer.reading import read_log
-from asyncrl.learner.tiny_model import character_tokenizer, new_model
-from tests.e2e.runs import Run
+from tests.e2e.runs import launched, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = character_tokenizer("0123456789+=;")
-    tokenizer.save_pretrained(folder)
-    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=256, seed=0).save_pretrained(folder)
-    return folder
-
-
-SHARED_MEMORY = Path("/dev/shm")
-
-
-@contextlib.contextmanager
-def launched(tmp_path, model, *overrides):
-    shared = set(SHARED_MEMORY.glob("asyncrl-*"))
-    run = Run(tmp_path, model, *overrides)
-    try:
-        yield run
-    finally:
-        run.kill()
-    assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared  # however it ended
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 VLLM = (
@@ -121,19 +100,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, model):
         assert run.left_over(children) == []
 
 
-@pytest.mark.parametrize("part", ["LearnerPart", "EnginePart"])
-def test_the_death_of_a_part_ends_the_run_and_names_it(tmp_path, model, part):
+def test_the_death_of_the_learner_ends_the_run_and_names_it(tmp_path, model):
     with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
         run.wait_for_step()
         children = run.descendants()
         began = time.monotonic()
-        run.part(part).kill()
+        run.part("LearnerPart").kill()
         assert run.end(60) == 1, run.text
         assert time.monotonic() - began < 45
         assert run.left_over(children) == []
-    name = {"LearnerPart": "learner-0", "EnginePart": "fake-"}[part]
     outcome = run.summary["outcome"]
-    assert outcome.startswith("failed: ") and name in outcome
+    assert outcome.startswith("failed: ") and "learner-0" in outcome
 
 
 @pytest.mark.parametrize("shards", [1, 2])

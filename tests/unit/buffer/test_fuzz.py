@@ -84,7 +84,7 @@ class State:
             (admission, tokens),
             (known, tokens),
             (wire.Lease(engine_id="holder", limit=3, after=2, timeout_s=0.0), None),
-            (wire.Lease(engine_id="other", limit=3, after=0, timeout_s=0.01), None),
+            (wire.Lease(engine_id="other", limit=3, after=0, timeout_s=0.01, kv_free_tokens=3), None),
             (append, body),
             (msgspec.structs.replace(append, region=Region(64, 40), body_hash=3), None),
             (wire.Score(rollouts=[wire.Scored(done, done_lease, 1.0)]), None),

@@ -4,10 +4,10 @@ import pytest
 
 from asyncrl.buffer.accounts import by_state
 from asyncrl.buffer.config import BufferConfig, StalenessConfig
-from asyncrl.buffer.errors import BadRequest, ConservationError, LeaseLost
+from asyncrl.buffer.errors import BadRequest, ConservationError, EngineBarred, LeaseLost
 from asyncrl.buffer.ledger import Ledger, Prompt
 from asyncrl.buffer.records import LedgerSettings, ledger_settings, share
-from asyncrl.buffer.schema import State
+from asyncrl.buffer.schema import ENVIRONMENT, State
 
 
 def make(*, published=True, **changes):
@@ -27,7 +27,7 @@ def make(*, published=True, **changes):
 
 def prompts(ledger, count):
     first = ledger.book.frontier
-    return [Prompt(f"p{i}", i) for i in range(first, first + count)]
+    return [Prompt(f"p{i}", i, 3) for i in range(first, first + count)]
 
 
 def admit(ledger, count):
@@ -93,7 +93,7 @@ def test_the_same_admission_twice_admits_once():
     asked = prompts(ledger, 2)
     assert [g.position for g in ledger.admit(asked)] == [0, 1]
     assert ledger.admit(asked) == [None, None]
-    overlapping = [asked[1], Prompt("p2", 2)]
+    overlapping = [asked[1], Prompt("p2", 2, 3)]
     assert [g and g.position for g in ledger.admit(overlapping)] == [None, 2]
     assert ledger.counts().admitted == 6 and ledger.book.frontier == 3
 
@@ -101,9 +101,9 @@ def test_the_same_admission_twice_admits_once():
 def test_a_position_that_was_left_out_stays_left_out():
     """Other shards have the prompts between."""
     ledger = make()
-    ledger.admit([Prompt("p5", 5)])
+    ledger.admit([Prompt("p5", 5, 3)])
     assert ledger.book.frontier == 6
-    assert ledger.admit([Prompt("p3", 3)]) == [None]
+    assert ledger.admit([Prompt("p3", 3, 3)]) == [None]
 
 
 def test_an_id_modulo_the_shards_names_its_shard():
@@ -376,8 +376,85 @@ def test_an_answer_has_a_token():
     ledger = make()
     admit(ledger, 1)
     (r,) = ledger.lease("a", 1, now=0.0)
-    with pytest.raises(BadRequest, match="finished without a token"):
+    with pytest.raises(BadRequest, match="finished without a sampled token"):
         append(ledger, r, 0, finish_reason="stop")
+
+
+# ---- the environment's tokens ----------------------------------------------------------------------------------------
+
+
+def test_an_answer_has_a_token_that_was_sampled():
+    ledger = make()
+    admit(ledger, 1)
+    r, other = ledger.lease("a", 2, now=0.0)
+    append(ledger, r, 2, ENVIRONMENT)
+    for tokens in (0, 3):
+        with pytest.raises(BadRequest, match="finished without a sampled token"):
+            append(ledger, r, tokens, ENVIRONMENT, "stop")
+    append(ledger, r, 1, 0)
+    append(ledger, r, 2, ENVIRONMENT, "length")
+    assert r.state is State.COMPLETE and r.spans == [(-1, 2), (0, 1), (-1, 2)]
+    with pytest.raises(BadRequest, match="has version -2"):
+        append(ledger, other, 1, -2)
+
+
+def test_the_environment_s_tokens_have_no_age():
+    """A group with nothing else is as fresh as one without a token, and no deadline follows from it."""
+    ledger = make(rollouts_per_prompt=1, prompts_per_step=1, max_staleness_versions=2)
+    admit(ledger, 2)
+    first, second = ledger.lease("a", 2, now=0.0)
+    append(ledger, first, 4, ENVIRONMENT)
+    append(ledger, second, 1, 0)
+    assert (first.group.oldest_version, first.group.newest_version) == (None, -1)
+    assert dict(ledger.book.ages) == {0: 1}
+    for rollout in (first, second):
+        ledger.release(rollout.rollout_id, rollout.lease_id)
+    assert ledger.lease("b", 2, now=0.0) == [second, first]  # the one with a deadline comes first
+
+
+def test_an_attempt_with_an_environment_that_fails_leaves_no_age_behind():
+    ledger = make(rollouts_per_prompt=1)
+    admit(ledger, 1)
+    (r,) = ledger.lease("a", 1, now=0.0)
+    append(ledger, r, 1, 0)
+    append(ledger, r, 2, ENVIRONMENT)
+    fail(ledger, r, "environment: gone")
+    assert r.spans == [] and r.group.oldest_version is None and not ledger.book.ages
+
+
+def test_the_environment_s_tokens_are_in_no_figure_of_a_batch():
+    ledger = make(rollouts_per_prompt=1, prompts_per_step=1, max_staleness_versions=3)
+    admit(ledger, 3)
+    one, two, three = ledger.lease("a", 3, now=0.0)
+    finish(ledger, one)
+    commit(ledger, ledger.select())
+    append(ledger, two, 2, 0)
+    append(ledger, two, 50, ENVIRONMENT)
+    append(ledger, two, 2, 1)
+    append(ledger, two, 50, ENVIRONMENT)  # the last words: the reply to a turn after which there was no room
+    finish(ledger, two, 0, ENVIRONMENT)
+    assert two.completed_version == 1
+    batch = ledger.select()
+    assert (batch.tokens, batch.trainable_tokens) == (4, 4)
+    assert (batch.staleness_min, batch.staleness_mean, batch.staleness_max) == (0, 0.5, 1)
+    assert (batch.in_flight_mean, batch.in_queue_mean) == (0.5, 0.0)
+    commit(ledger, batch)
+    assert (ledger.book.spanning_trained, ledger.book.most_versions) == (1, 2)
+    append(ledger, three, 2, 2)
+    append(ledger, three, 5, ENVIRONMENT)
+    finish(ledger, three, 1, 2)
+    commit(ledger, ledger.select())
+    assert ledger.book.spanning_trained == 1  # one version and the environment are not two versions
+
+
+def test_what_was_sampled_ahead_of_the_environment_counts_for_the_end_of_flight():
+    """The newest version of the answer is that of its turn before last; in the queue it cannot have aged less than nothing."""
+    ledger = make(rollouts_per_prompt=1, prompts_per_step=1)
+    admit(ledger, 1)
+    (r,) = ledger.lease("a", 1, now=0.0)
+    append(ledger, r, 2, 1)  # the version that is being published
+    append(ledger, r, 5, ENVIRONMENT, "length")
+    assert r.completed_version == 1
 
 
 def test_a_reward_is_kept_as_the_log_keeps_it():
@@ -396,6 +473,17 @@ def test_only_a_complete_rollout_is_scored():
     (r,) = ledger.lease("a", 1, now=0.0)
     with pytest.raises(LeaseLost, match="rollout is LEASED"):
         ledger.score(r.rollout_id, r.lease_id, 1.0)
+
+
+def test_an_engine_that_is_dead_for_good_gets_nothing_more():
+    """A machine was lost, and its process lived on for a while: it took what had just been freed, and held it."""
+    ledger = make()
+    ledger.admit(prompts(ledger, 1))
+    assert len(ledger.lease("e", 2, 0.0)) == 2
+    assert ledger.release_engine("e", for_good=True) == 2
+    with pytest.raises(EngineBarred, match="engine e was given up as dead"):
+        ledger.lease("e", 2, 0.0)
+    assert len(ledger.lease("e.2", 2, 0.0)) == 2
 
 
 def test_a_release_twice_loses_the_lease_once():
@@ -428,7 +516,7 @@ def test_a_failure_twice_counts_once():
 
 def poison(ledger, prompt_id):
     """The prompt fails until it is given up."""
-    ledger.admit([Prompt(prompt_id, ledger.book.frontier)])
+    ledger.admit([Prompt(prompt_id, ledger.book.frontier, 3)])
     for again in (True, False):
         bad = ledger.lease("a", 1, now=0.0)[0]
         assert fail(ledger, bad, "reward timed out") is again
@@ -454,7 +542,7 @@ def test_a_quarantined_prompt_is_passed_over_and_the_frontier_goes_on():
     ledger = make()
     poison(ledger, "bad")
     assert ledger.book.quarantined == {"bad": "reward timed out"}
-    admitted = ledger.admit([Prompt("bad", 1), Prompt("good", 2), Prompt("bad", 3)])
+    admitted = ledger.admit([Prompt("bad", 1, 3), Prompt("good", 2, 3), Prompt("bad", 3, 3)])
     assert [g and g.prompt_id for g in admitted] == [None, "good", None]
     assert ledger.book.frontier == 4 and ledger.counts().live == 2
 
@@ -463,7 +551,7 @@ def test_a_quarantined_prompt_takes_no_room():
     ledger = make(prompts_per_step=1, max_staleness_versions=0)
     poison(ledger, "bad")
     assert ledger.capacity == 1
-    assert len(ledger.admit([Prompt("bad", 1), Prompt("good", 2)])) == 2
+    assert len(ledger.admit([Prompt("bad", 1, 3), Prompt("good", 2, 3)])) == 2
 
 
 def test_after_a_restore_prompts_in_quarantine_are_dropped_unless_they_are_in_training():

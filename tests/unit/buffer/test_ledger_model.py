@@ -1,11 +1,12 @@
 """Random schedules against the ledger: whatever engines and learner do, and however often they ask, no token past the bound
-is trained, no rollout twice, the equation holds, pacing is kept, the heaps tell the truth, a book that is rebuilt from
-its rows is the same book, and work goes on."""
+is trained, no rollout twice, the equation holds, pacing is kept, the heaps tell the truth, engines get what they have room
+for, a book that is rebuilt from its rows is the same book, and work goes on."""
 
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -18,10 +19,11 @@ from asyncrl.buffer.errors import BadRequest, LeaseLost
 from asyncrl.buffer.ledger import Ledger, Prompt
 from asyncrl.buffer.records import LedgerSettings
 from asyncrl.buffer.rows import StateRows
-from asyncrl.buffer.schema import State
+from asyncrl.buffer.schema import ENVIRONMENT, State
 from asyncrl.buffer.token_files import Piece, TokenFiles
 
 FRESH = 1 << 60
+PROMPT_TOKENS = 2
 HELD = (State.LEASED, State.COMPLETE)
 
 
@@ -35,7 +37,8 @@ def append_piece(columns, rollout_id, version, tokens):
 
 
 def age(group):
-    return min((v for r in group.rollouts.values() for v, _ in r.spans), default=None)
+    sampled = (v for r in group.rollouts.values() for v, _ in r.spans if v != ENVIRONMENT)
+    return min(sampled, default=None)
 
 
 def order(rollout):
@@ -64,6 +67,8 @@ def recount(book):
             seen = max(rollout.touched, book.engines[rollout.engine_id].seen)
             at = [e[0] for e in book.expiry if e[1:] == (rollout.rollout_id, rollout.lease_id)]
             assert at and min(at) <= seen + book.settings.lease_timeout_s
+    generating = Counter(r.engine_id for r in book.rollouts.values() if r.state is State.LEASED)
+    assert generating == {name: e.generating for name, e in book.engines.items() if e.generating}
     batched = {b: [g.group_id for g in groups] for b, groups in book.batches.items()}
     assert Counter(g for ids in batched.values() for g in ids) == Counter(
         g.group_id for g in book.groups.values() if g.batch_id
@@ -78,6 +83,11 @@ def state_of(book, columns):
     return {**fields, "frontier": 0, "engines": held}
 
 
+def left(room, taken):
+    """Of an engine's room, beside what it takes."""
+    return room - sum(PROMPT_TOKENS + r.length for r in taken if not r.finish_reason)
+
+
 class Follower:
     """A second book, made from the first one's rows alone."""
 
@@ -88,7 +98,7 @@ class Follower:
     def follow(self, rows, now):
         """As a recovery reads a commit: prompts, then segments, then changes of state."""
         for group, rollout_ids, prompt in self.admitted:
-            self.book.admit(group.group_id, rollout_ids, group.prompt_id, group.position)
+            self.book.admit(group.group_id, rollout_ids, group.prompt_id, group.position, PROMPT_TOKENS)
             self.columns.put_prompt(group.group_id, prompt, rollout_ids)
         for rollout_id, version, tokens in self.extended:
             self.book.extend(self.book.rollouts[rollout_id], version, tokens)
@@ -152,6 +162,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.got = 0  # the last batch that arrived
         self.known = dict.fromkeys("ab", 0)  # the last lease that arrived
         self.asked, self.leases = [], []
+        self.requests = 0
+        self.passes = {}  # rollout_id -> (when it was passed over first, the requests that did)
         self.trained = Counter()
         self.versions = {}  # rollout_id -> version of each of its tokens
         self.punctual = punctual  # engines send what they sample before the next version is published
@@ -167,14 +179,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def admit(self, most, names):
         first = self.ledger.book.frontier
         count = min(most, self.ledger.capacity)
-        self.offer([Prompt(f"p{i % names}", i) for i in range(first, first + count)])
+        self.offer([Prompt(f"p{i % names}", i, PROMPT_TOKENS) for i in range(first, first + count)])
 
     def offer(self, asked):
         quarantined = set(self.ledger.book.quarantined)
         admitted = self.ledger.admit(asked)
         assert [g is None for g in admitted] == [p.prompt_id in quarantined for p in asked]
         for group in filter(None, admitted):
-            prompt = Asked(np.zeros(1, np.int32), "")
+            prompt = Asked(np.zeros(PROMPT_TOKENS, np.int32), "")
             self.columns.put_prompt(group.group_id, prompt, group.rollouts)
             self.follower.admitted.append((group, list(group.rollouts), prompt))
             ids = [group.group_id, *group.rollouts]
@@ -190,7 +202,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         first, count = self.ledger.book.frontier, self.ledger.capacity + more
         try:
-            self.ledger.admit([Prompt(f"new{i}", i) for i in range(first, first + count)])
+            self.ledger.admit([Prompt(f"new{i}", i, PROMPT_TOKENS) for i in range(first, first + count)])
         except BadRequest:
             return
         raise AssertionError("admitted past the bound")
@@ -205,28 +217,62 @@ class LedgerMachine(RuleBasedStateMachine):
         limit=st.integers(1, 9),
         memory_is_short=st.sampled_from([False, False, True]),
         arrives=st.integers(0, 3),
+        room=st.sampled_from([-1, -1, 0, 4, 5, 9, 20]),
+        again=st.sampled_from([False, True]),
     )
-    def lease(self, prompts, names, engine, limit, memory_is_short, arrives):
+    def lease(self, prompts, names, engine, limit, memory_is_short, arrives, room, again):
         self.admit(prompts, names)
         rollouts = self.ledger.book.rollouts.values()
         lost = {r for r in rollouts if r.engine_id == engine and r.lease_id > self.known[engine]}
-        expected = self.expected(limit, memory_is_short)
+        if not again:  # else one that waits is looked at once more
+            self.requests += 1
+        expected, passed = self.expected(engine, limit, memory_is_short, room)
         got = self.ledger.lease(
-            engine, limit, self.now, after=self.known[engine], next_batch_only=memory_is_short
+            engine,
+            limit,
+            self.now,
+            after=self.known[engine],
+            next_batch_only=memory_is_short,
+            kv_free_tokens=room,
+            request=self.requests,
         )
         assert {*got} == lost if lost else got == expected
+        assert self.ledger.held_back == bool(passed and not lost)
+        if not lost:
+            for rollout in passed:
+                self.passes.setdefault(rollout.rollout_id, (self.now, set()))[1].add(self.requests)
+        for rollout in got:
+            self.passes.pop(rollout.rollout_id, None)
         if arrives:
             self.known[engine] = max((r.lease_id for r in got), default=self.known[engine])
         self.leases += [(r.rollout_id, r.lease_id) for r in got]
 
-    def expected(self, limit, memory_is_short):
-        """The queued rollouts nearest to their deadlines, counted from scratch."""
+    def expected(self, engine, limit, memory_is_short, room):
+        """Those of `wanted` that the engine has room for, and those before its last one that it has not."""
+        got, passed = [], []
+        idle = not any(r.engine_id == engine for r in self.held(State.LEASED))
+        for rollout in self.wanted(memory_is_short):
+            if len(got) == limit:
+                break
+            since, requests = self.passes.get(rollout.rollout_id, (self.now, ()))
+            often = len(requests) >= 8 and max(requests) != self.requests
+            due = often or self.now - since >= 2.0
+            need = 0 if rollout.finish_reason else PROMPT_TOKENS + rollout.length
+            if room >= 0 and need and rollout.length and need > left(room, got) and not idle and not due:
+                passed.append(rollout)
+                continue
+            got.append(rollout)
+            idle = idle and not need
+        return got, passed
+
+    def wanted(self, memory_is_short):
+        """The queued rollouts, those nearest to their deadlines first, counted from scratch."""
         groups = [g for g in self.ledger.book.groups.values() if not g.batch_id]
         if memory_is_short:
             groups.sort(key=lambda g: (FRESH if age(g) is None else age(g), g.group_id))
             groups = groups[: self.settings.prompts_per_step]
         queued = (r for g in groups for r in g.rollouts.values() if r.state is State.QUEUED)
-        return sorted(queued, key=order)[:limit]
+        return sorted(queued, key=order)
 
     def held(self, *states):
         found = [r for r in self.ledger.book.rollouts.values() if r.state in states]
@@ -238,16 +284,38 @@ class LedgerMachine(RuleBasedStateMachine):
         tokens=st.integers(0, 4),
         done=st.booleans(),
         lag=st.sampled_from([-1, 0, 0, 0, 0, 1, 2]),
+        given=st.sampled_from([False, False, True]),
     )
-    def append(self, which, tokens, done, lag):
+    def append(self, which, tokens, done, lag, given):
+        """`given`: by the environment, at any place: the ledger does not hold it to its turn."""
         leased = self.held(State.LEASED)
         for rollout in {leased[i % len(leased)] for i in which} if leased else ():
-            last = done and rollout.length + tokens > 0
+            said = any(v != ENVIRONMENT for v in self.versions[rollout.rollout_id])
+            last = done and (said or (tokens > 0 and not given))
+            if given:
+                self.refuse_an_answer_that_nobody_sampled(rollout, tokens, said)
+                self.extend(rollout, tokens, ENVIRONMENT, last, again=True)
+                continue
             # An engine has the version that is being published before the buffer hears that it is.
             ahead = lag < 0 and self.batch is not None
             behind = 0 if self.punctual else max(0, lag)
             version = self.ledger.version + 1 if ahead else max(0, self.ledger.version - behind)
             self.extend(rollout, tokens, version, last, again=True)
+
+    def refuse_an_answer_that_nobody_sampled(self, rollout, tokens, said):
+        if said:
+            return
+        request = (
+            rollout.rollout_id,
+            rollout.lease_id,
+            rollout.length,
+            tokens,
+            ENVIRONMENT,
+            "stop",
+            self.now,
+        )
+        with pytest.raises(BadRequest, match="without a sampled token"):
+            self.ledger.append(*request)
 
     def extend(self, rollout, tokens, version, last, again=False):
         finish_reason = "stop" if last else ""
@@ -258,7 +326,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.follower.extended.append((rollout.rollout_id, version, tokens))
             append_piece(self.columns, rollout.rollout_id, version, tokens)
             self.versions[rollout.rollout_id] += [version] * tokens
-            self.overdue |= version < self.ledger.version
+            self.overdue |= version != ENVIRONMENT and version < self.ledger.version
         if again and (tokens or last):
             assert not self.ledger.append(*request)  # the answer was lost
 
@@ -370,7 +438,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(batch.group_ids) == config.prompts_per_step
         assert len({*batch.rollout_ids}) == config.prompts_per_step * config.rollouts_per_prompt
         assert not any(r in self.trained for r in batch.rollout_ids)
-        aged = {r: [batch.version - v for v in self.versions[r]] for r in batch.rollout_ids}
+        aged = {
+            r: [batch.version - v for v in self.versions[r] if v != ENVIRONMENT] for r in batch.rollout_ids
+        }
         every = [a for ages in aged.values() for a in ages]
         trainable = [a for a in every if 0 <= a <= self.bound]
         assert (batch.tokens, batch.trainable_tokens) == (len(every), len(trainable))
@@ -405,6 +475,7 @@ class LedgerMachine(RuleBasedStateMachine):
         state = base.decode(base.encode(base.dump(book, columns, 1, [], 0)))
         book, self.columns = base.load(state, self.settings, no_columns().files, self.now)
         book.frontier = self.ledger.book.frontier
+        self.passes = {}
         self.ledger = Ledger(self.settings, book)
 
     @invariant()
@@ -439,8 +510,8 @@ class LedgerMachine(RuleBasedStateMachine):
         # A round may go to groups that are dropped: those over-stale by now, and one in four for its rewards.
         for round_number in range(12):
             first = ledger.book.frontier
-            self.offer([Prompt(f"fresh{i}", i) for i in range(first, first + ledger.capacity)])
-            for rollout in ledger.lease("a", 1000, self.now, next_batch_only=True):
+            self.offer([Prompt(f"fresh{i}", i, PROMPT_TOKENS) for i in range(first, first + ledger.capacity)])
+            for rollout in self.lease_all():
                 spread = (rollout.group.group_id // self.settings.shards + round_number) % 4
                 if rollout.rollout_id in ledger.book.rollouts:  # it may have become surplus by its siblings
                     self.finish(rollout, float(rollout.rollout_id) if spread else 0.0)
@@ -451,6 +522,18 @@ class LedgerMachine(RuleBasedStateMachine):
                 steps += 1
             self.holds()
         assert steps >= 3 and ledger.check().trained > before
+
+    def lease_all(self):
+        """What the next batch needs, by one request of an engine without any room that is looked at twice: time moves it on."""
+        self.requests += 1
+        got = []
+        for _ in range(2):
+            got += self.ledger.lease(
+                "a", 1000, self.now, next_batch_only=True, kv_free_tokens=0, request=self.requests
+            )
+            self.now += 2.0
+        assert not self.wanted(memory_is_short=True)
+        return got
 
 
 TURNS = turns(LedgerMachine)

@@ -53,6 +53,7 @@ def test_a_whole_life_becomes_one_row(tmp_path):
         "attempts": 0,
         "engines": ["a-0", "b-1"],
         "tokens_count": 3,
+        "environment_tokens": 0,
         "first_version": 0,
         "last_version": 1,
         "batch_id": 9,
@@ -153,6 +154,26 @@ def test_shards_and_generations_come_in_order(tmp_path):
     assert table["rollout_id"].to_pylist() == [*range(200, 204), *range(1000, 1004)]
     assert table["tokens"].to_pylist() == [[i] for i in table["rollout_id"].to_pylist()]
     assert table["prompt_id"].to_pylist() == [f"sums#{g}" for g in table["group_id"].to_pylist()]
+
+
+def test_tokens_of_the_environment_are_told_apart(tmp_path):
+    """Also where a later segment cuts into them, and where there is nothing else."""
+    log = LogWriter(tmp_path)
+    log.admit(1, [2, 3, 4])
+    for rollout_id in (2, 3, 4):
+        log.state(rollout_id, "LEASED", lease_id=1)
+    for rollout_id in (2, 3):
+        log.segment(rollout_id, 0, [10, 11], version=3)
+        log.segment(rollout_id, 2, [12, 13, 14], version=-1, logprob=0.0)
+        log.segment(rollout_id, 5, [15], version=4)
+        log.segment(rollout_id, 6, [16, 17], version=-1, logprob=0.0)
+    log.segment(3, 4, [18], version=5)
+    log.segment(4, 0, [19], version=-1, logprob=0.0)
+    rows = rollouts_table(read_log(tmp_path)).to_pylist()
+    found = [[row[name] for name in ("tokens_count", "environment_tokens")] for row in rows]
+    assert found == [[8, 5], [5, 2], [1, 1]]
+    assert [(row["first_version"], row["last_version"]) for row in rows] == [(3, 4), (3, 5), (None, None)]
+    assert rows[1]["versions"] == [3, 3, -1, -1, 5] and rows[1]["tokens"] == [10, 11, 12, 13, 18]
 
 
 def test_a_segment_replaces_everything_from_its_start_on(tmp_path):

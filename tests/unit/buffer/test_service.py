@@ -22,7 +22,7 @@ from asyncrl.buffer import (
 )
 from asyncrl.buffer.arena import Arena, Region
 from asyncrl.buffer.columns import slices
-from asyncrl.buffer.errors import ArenaUnknown, BadRequest
+from asyncrl.buffer.errors import ArenaUnknown, BadRequest, EngineBarred
 from asyncrl.buffer.reading import read_log
 from asyncrl.buffer.schema import BATCH
 from tests.buffer_world import (
@@ -603,6 +603,25 @@ def test_a_batch_that_was_read_stays_as_it_is_while_the_next_ones_are_read(world
 
 async def _generate_at(client, version):
     await generate(client, tokens=50, version=version)
+
+
+def test_a_process_that_outlives_its_machine_s_death_does_not_get_what_was_freed(world):
+    """It waited for work when its engine was given up: what it had held must go to another."""
+    buffer, reader = world
+
+    async def outlived(client):
+        await _lease_all(client, "zombie")
+        waiting = asyncio.create_task(client.lease("zombie", 8, 30.0))
+        await asyncio.sleep(0.1)
+        async with BufferClient(buffer.address) as supervisor:
+            assert await supervisor.engine_lost("zombie", for_good=True) == 6
+        with pytest.raises(EngineBarred):
+            await waiting
+        assert len(await _lease_all(client, "next")) == 6
+
+    talk(buffer, admit_all, 3)
+    talk(buffer, outlived)
+    assert reader.status().states["leased"] == 6
 
 
 # ---- sent twice, lost on the way -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.buffer import staleness
+from asyncrl.buffer.schema import ENVIRONMENT
 
 
 def test_a_token_is_trainable_up_to_the_bound_and_never_from_the_future():
@@ -13,6 +14,21 @@ def test_a_token_is_trainable_up_to_the_bound_and_never_from_the_future():
     assert staleness.is_trainable(7, 5, 2)
     assert not staleness.is_trainable(7, 4, 2)
     assert not staleness.is_trainable(7, 8, 2)
+
+
+def test_a_token_of_the_environment_is_never_trainable():
+    """Not at version 0 with a wide bound either, where its version would count as one publication old."""
+    assert not any(staleness.is_trainable(v, ENVIRONMENT, k) for v in range(4) for k in range(9))
+    for version, bound in ((0, 8), (1, 2), (2, 2), (9, 2)):
+        oldest = staleness.oldest_trainable(version, bound)
+        assert [v >= oldest for v in range(ENVIRONMENT, version + 1)] == [
+            staleness.is_trainable(version, v, bound) for v in range(ENVIRONMENT, version + 1)
+        ]
+
+
+def test_ageing_leaves_the_environment_out():
+    ageing = staleness.ageing(9, [(7, [(5, 10), (ENVIRONMENT, 99), (7, 4)])])
+    assert ageing == staleness.ageing(9, [(7, [(5, 10), (7, 4)])])
 
 
 @settings(deadline=None)

@@ -23,7 +23,7 @@ from asyncrl.buffer.errors import BadRequest, DiskFull
 from asyncrl.buffer.handover import LogFiles, arrive, split
 from asyncrl.buffer.log import file_of, journal_of
 from asyncrl.buffer.records import LedgerSettings, Recovery
-from asyncrl.buffer.schema import State
+from asyncrl.buffer.schema import ENVIRONMENT, State
 from asyncrl.buffer.shard import Shard
 from tests.unit.buffer.test_ledger_model import turn, turns
 
@@ -224,7 +224,7 @@ class Driver:
         )
         for rollout_id, tokens, logprobs, versions, trainable in columns:
             assert (tokens.tolist(), logprobs.tolist(), versions.tolist()) == self.answers[rollout_id]
-            oldest = self.batch.version - self.settings.max_staleness_versions
+            oldest = max(0, self.batch.version - self.settings.max_staleness_versions)
             assert trainable.tolist() == [v >= oldest for v in versions.tolist()]
 
     def read_near(self):
@@ -322,12 +322,16 @@ class ShardMachine(RuleBasedStateMachine):
         tokens=st.integers(0, 5),
         done=st.booleans(),
         lag=st.integers(0, 1),
+        given=st.sampled_from([False, False, True]),
     )
-    def append(self, which, tokens, done, lag):
+    def append(self, which, tokens, done, lag, given):
+        """`given`: by the environment, in the middle of an answer."""
         leased = self.leased("ab")
         some = {leased[i % len(leased)] for i in which} if leased else ()
-        parts = [(r, tokens, done and bool(tokens + len(self.driver.answers[r][0]))) for r in some]
-        assert self.driver.append("a", parts, max(0, self.driver.book.version - lag)) == []
+        version = ENVIRONMENT if given else max(0, self.driver.book.version - lag)
+        said = {r: any(v != ENVIRONMENT for v in self.driver.answers[r][2]) for r in some}
+        parts = [(r, tokens, done and (said[r] or (tokens > 0 and not given))) for r in some]
+        assert self.driver.append("a", parts, version) == []
         self.driver.score([r for r, _, finished in parts if finished])
 
     @turn(2, which=st.integers(0, 11), fails=st.booleans())

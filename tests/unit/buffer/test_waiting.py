@@ -4,7 +4,7 @@ import pytest
 
 from asyncrl.buffer import waiting, wire
 from asyncrl.buffer.errors import BadRequest
-from asyncrl.buffer.waiting import WaitingRoom
+from asyncrl.buffer.waiting import Look, WaitingRoom
 
 A, B, C, D = ((b"asker", bytes([n])) for n in range(4))
 
@@ -21,13 +21,15 @@ def keys(found):
     return [w.key for w in found]
 
 
-def served(room, answers=0):
-    """Keys that are looked at while the first `answers` of them get something."""
+def served(room, answers=0, no_room=()):
+    """Keys that are looked at while the first `answers` of them get something, but for those that have no room for it."""
     seen = []
 
     def attempt(found):
         seen.append(found.key)
-        return len(seen) <= answers
+        if found.key in no_room:
+            return Look.NOT_FOR_IT
+        return Look.ANSWERED if len(seen) <= answers else Look.NOTHING
 
     room.serve(attempt)
     return seen
@@ -43,6 +45,22 @@ def test_of_one_kind_one_that_gets_nothing_stands_for_all_but_new_ones_are_looke
     assert served(room) == [A, D, D]
     assert served(room, answers=2) == [A, B, C, D]
     assert keys(room) == [C, D]
+
+
+def test_one_without_room_holds_nobody_up():
+    room = WaitingRoom()
+    for key in (A, B, C, D):
+        room.put(key, lease(), b"", 0.0)
+    assert served(room, answers=3, no_room=[A, B]) == [A, B, C, D, A, B, D]
+    assert keys(room) == [A, B, D]
+    assert served(room, answers=2, no_room=[A]) == [A, B, D] and keys(room) == [A, D]
+
+
+def test_requests_are_numbered_as_they_come_and_one_that_comes_again_keeps_its_number():
+    room = WaitingRoom()
+    for key in (A, B, A, C):
+        room.put(key, lease(), b"", 0.0)
+    assert [(w.key, w.number) for w in room] == [(A, 1), (B, 2), (C, 3)]
 
 
 def test_each_waits_until_its_deadline():
@@ -94,7 +112,7 @@ def test_nothing_is_kept_of_requests_that_are_over(monkeypatch):
     room = WaitingRoom()
     for n in range(1000):
         room.put((b"asker", n.to_bytes(8, "big")), lease(3600.0), b"", 0.0)
-        room.serve(lambda _: True)
+        room.serve(lambda _: Look.ANSWERED)
         assert len(room._deadlines) <= 20
     for n in range(1000):
         room.put((b"asker", n.to_bytes(8, "big")), lease(0.5), bytes(1000), float(n))

@@ -1,30 +1,16 @@
 """The dispatcher between the fake engine and a real buffer: nothing is lost, whatever ends when."""
 
 import asyncio
-import contextlib
 
 import pytest
 
 from asyncrl.buffer import BufferClient
 from asyncrl.buffer.columns import slices
 from asyncrl.generators import dispatcher as dispatching
-from asyncrl.generators.config import SamplingConfig
-from asyncrl.generators.dispatcher import Dispatcher
-from asyncrl.generators.engine import EngineDead
-from asyncrl.generators.fake_engine import FakeEngine, Fault
-from asyncrl.generators.reward_pool import RewardFailed, Score
-from asyncrl.runtime.engine_part import first_fault
+from asyncrl.generators.engine import GenerationRequest
+from asyncrl.generators.reward_pool import RewardFailed
 from tests.buffers import admit, buffer_service
-
-SAMPLING = SamplingConfig(max_new_tokens=40, temperature=1.0, flush_tokens=4)
-STOP = (0,)
-
-
-class Scorer:
-    """Real scores of a simple rule."""
-
-    async def score(self, answer_text, payload):
-        return Score(float(len(answer_text)), {})
+from tests.dispatching import SAMPLING, STOP, Scorer, dispatcher, fake, read
 
 
 class Poisoned(Scorer):
@@ -45,29 +31,8 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(dispatching, "_LEASE_WAIT_S", 0.3)
 
 
-def dispatcher(engine, buffer, scorer=None, concurrency=4, engine_id="e"):
-    return Dispatcher(
-        engine=engine,
-        engine_id=engine_id,
-        buffer=buffer,
-        scorer=scorer or Scorer(),
-        sampling=SAMPLING,
-        concurrency=concurrency,
-        stop_token_ids=STOP,
-        decode=lambda tokens: " ".join(map(str, tokens)),
-    )
-
-
-async def fake(**settings):
-    engine = FakeEngine(vocab_size=32, version=0, **settings)
-    await engine.start()
-    return engine
-
-
 async def uninterrupted(prompt):
     """What the fake engine says to a prompt when nobody disturbs it."""
-    from asyncrl.generators.engine import GenerationRequest
-
     engine, tokens = await fake(), []
     request = GenerationRequest(
         request_id="x",
@@ -80,12 +45,6 @@ async def uninterrupted(prompt):
         tokens += chunk.tokens
     await engine.shutdown()
     return tokens
-
-
-def read(client):
-    got = client.read_batch(20.0)
-    assert got is not None
-    return got
 
 
 async def until_batch(client, dispatchers):
@@ -155,25 +114,6 @@ def test_a_failed_score_is_tried_again_and_then_gives_the_group_up(tmp_path):
     with buffer_service(tmp_path, max_attempts=2) as (service, client):
         client.publish(0)
         asyncio.run(run(service, client))
-
-
-def test_a_dead_engine_ends_the_dispatcher_with_its_error(tmp_path):
-    async def run(service):
-        await admit(service.address, 2)
-        engine = await fake(faults=[Fault(kind="die", where="token", at=20)])
-        async with BufferClient(service.address) as buffer:
-            with pytest.raises(ExceptionGroup) as caught:
-                async with asyncio.timeout(20):
-                    await dispatcher(engine, buffer).run()
-        assert isinstance(first_fault(caught.value), EngineDead)
-        with contextlib.suppress(EngineDead):
-            await engine.shutdown()
-
-    with buffer_service(tmp_path) as (service, client):
-        client.publish(0)
-        asyncio.run(run(service))
-        counts = client.status().counts
-        assert counts.holds and counts.live == 4
 
 
 def test_concurrency_is_the_bound_on_slots(tmp_path):

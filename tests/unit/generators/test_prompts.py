@@ -1,6 +1,7 @@
 """Sources, the frontier's order, tokens and payloads; with real files, a real data set and a real tokenizer."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_parquet_says_which_fields_there_are_and_counts_nulls(tmp_path):
         ("nowhere.jsonl", "there is no file"),
         ("sums", "is none of"),
         ("sums:dev", "train, test"),
-        ("products:train", "there are: sums"),
+        ("products:train", "there are: arithmetic, sums"),
         ("hf:", "hf:NAME"),
         ("hf:a:b:c:d", "hf:NAME:CONFIG:SPLIT"),
     ],
@@ -281,11 +282,53 @@ def test_pairs_imitate_the_solution_and_end(digits):
     walk = pairs("sums:train", "solution", digits, config, seed=4)
     again = pairs("sums:train", "solution", digits, config, seed=4)
     for _ in range(20):
-        prompt, answer = next(walk)
-        assert (prompt, answer) == next(again)
-        assert answer[-1] == digits.eos_token_id
+        prompt, answer, imitated = next(walk)
+        assert (prompt, answer, imitated) == next(again)
+        assert answer[-1] == digits.eos_token_id and imitated == [True] * len(answer)
         text = decode_answer(digits, prompt + answer)
         question, _, solution = text.partition("=")
         assert int(solution.rpartition("=")[2]) == sum(map(int, question.split("+")))
     with pytest.raises(SourceError, match=r"'proof'.*question, answer, solution"):
         pairs("sums:train", "proof", digits, config)
+
+
+def test_a_demonstration_of_several_turns_is_played_with_the_environment(digits, tmp_path):
+    """What the environment says is in it, and is not imitated; the environment is told of the row's own answer."""
+    path = tmp_path / "turns.jsonl"
+    path.write_text('{"question": "1+1=", "answer": "2", "solution": ["1+1", "2;", 2]}\n')
+    config, asked = PromptsConfig(source=str(path)), []
+
+    def reply(prompt, answer, imitated, payload):
+        asked.append((list(answer), list(imitated), json.loads(payload)["answer"]))
+        return [7, 8] if len(asked) % 3 else None
+
+    semicolon, eos = digits.encode(";")[0], digits.eos_token_id
+    walk = pairs(str(path), "solution", digits, config, stop_tokens=[";"], reply=reply)
+    prompt, answer, imitated = next(walk)
+    first, second = [*digits.encode("1+1"), eos], [*digits.encode("2"), semicolon]
+    third = [*digits.encode("2"), eos]
+    assert prompt == digits.encode("1+1=") and answer == [*first, 7, 8, *second, 7, 8, *third]
+    assert imitated == [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
+    assert [a for a, _, _ in asked] == [answer[:4], answer[:8], answer]
+    assert all(flags == imitated[: len(flags)] and gold == "2" for _, flags, gold in asked)
+    assert next(walk) == (prompt, answer, imitated)
+
+
+@pytest.mark.parametrize(
+    ("replies", "words"),
+    [
+        ([None], "which ends it after turn 1, '1+1'"),
+        ([[7], [7]], "which goes on after turn 2, '2'"),
+        (None, "of 2 turns needs an [environment]"),
+    ],
+)
+def test_a_demonstration_that_the_environment_does_not_go_along_with_is_refused(
+    digits, tmp_path, replies, words
+):
+    path = tmp_path / "turns.jsonl"
+    path.write_text('{"question": "1+1=", "solution": ["1+1", "2"]}\n')
+    given = iter(replies or [])
+    reply = None if replies is None else lambda *asked: next(given)
+    walk = pairs(str(path), "solution", digits, PromptsConfig(source=str(path)), reply=reply)
+    with pytest.raises(SourceError, match=re.escape(words)):
+        next(walk)

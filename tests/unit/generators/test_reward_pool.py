@@ -13,12 +13,14 @@ import psutil
 import pytest
 
 from asyncrl.generators.config import RewardsConfig, RewardTerm
+from asyncrl.generators.functions import FunctionError
 from asyncrl.generators.reward_pool import RewardFailed, RewardPool, check_functions
-from asyncrl.generators.rewards import RewardError
 
 FUNCTIONS = '''
     """Reward functions of the tests."""
-    import os, re, sys, time
+    import os, re, resource, subprocess, sys, time
+
+    hoard = []
 
     def behave(answer_text, payload):
         """Does what the answer says."""
@@ -26,6 +28,11 @@ FUNCTIONS = '''
             time.sleep(600)
         if answer_text == "hang in C":  # holds the interpreter's lock: no Python signal handler would run
             re.match(r"(a+)+$", "a" * 60 + "b")
+        if answer_text == "leave a child and die":
+            child = subprocess.Popen(["sleep", "60"], close_fds=False)
+            with open(__file__ + ".child", "w") as file:
+                file.write(str(child.pid))
+            os._exit(5)
         if answer_text == "exit":
             os._exit(7)
         if answer_text == "sys.exit":
@@ -34,6 +41,22 @@ FUNCTIONS = '''
             os.abort()
         if answer_text == "raise":
             raise LookupError("no such thing")
+        if answer_text == "eat":
+            eaten = [bytearray(16 * 2**20) for _ in range(1000)]
+        if answer_text == "eat up":  # until no object of any size can be had, and keeps it
+            size = 2**24
+            while True:
+                try:
+                    hoard.append(bytearray(size))
+                except MemoryError:
+                    if size < 64:
+                        raise
+                    size //= 2
+        if answer_text == "swallow":  # what a function makes of it is its own affair
+            try:
+                bytearray(2**40)
+            except MemoryError:
+                return 9.0
         if answer_text == "nan":
             return float("nan")
         print("standard output is free to use")
@@ -42,7 +65,13 @@ FUNCTIONS = '''
     def heavy(answer_text, payload):
         """Which heavy modules the worker has imported, and what its main module is."""
         heavy = sum(name in sys.modules for name in ("torch", "vllm", "ray", "transformers", "pyarrow"))
-        return {"reward": heavy, "main": float(sys.modules["__main__"].__spec__.name.endswith("reward_worker"))}
+        return {"reward": heavy, "main": float(sys.modules["__main__"].__spec__.name.endswith("worker_process"))}
+
+    def limits(answer_text, payload):
+        """The limit of its address space (-1: none), and what of it is left."""
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        return {"reward": limit, "room": limit - mapped}
 
     def half(answer_text, payload):
         return 0.5
@@ -53,16 +82,19 @@ FUNCTIONS = '''
 def functions(tmp_path, monkeypatch):
     (tmp_path / "rewards_of_tests.py").write_text(textwrap.dedent(FUNCTIONS))
     (tmp_path / "broken_rewards.py").write_text("def score(:\n")
+    (tmp_path / "dying_rewards.py").write_text("import os; os._exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
-def config(*names: str, timeout_s: float = 10.0, workers: int = 1) -> RewardsConfig:
+def config(
+    *names: str, timeout_s: float = 10.0, workers: int = 1, memory_bytes: int = 2**28
+) -> RewardsConfig:
     terms = [
         RewardTerm(function=name if name in ("sums", "math", "format") else f"rewards_of_tests:{name}")
         for name in names
     ]
-    return RewardsConfig(terms=terms, timeout_s=timeout_s, workers=workers)
+    return RewardsConfig(terms=terms, timeout_s=timeout_s, workers=workers, memory_bytes=memory_bytes)
 
 
 PAYLOAD = json.dumps({"prompt_id": "tests#1", "question": "?", "answer": "16"})
@@ -82,7 +114,7 @@ def scores(pool: RewardPool, *texts: str):
 
     results = asyncio.run(run())
     assert not [
-        child for child in psutil.Process().children() if "reward_worker" in " ".join(child.cmdline())
+        child for child in psutil.Process().children() if "worker_process" in " ".join(child.cmdline())
     ]
     return results
 
@@ -140,6 +172,38 @@ def test_an_error_keeps_the_worker(text, cause):
     assert isinstance(failed, RewardFailed)
     assert all(word in failed.reason for word in (BEHAVE, "'tests#1'", cause))
     assert before.parts[f"{BEHAVE}/pid"] == after.parts[f"{BEHAVE}/pid"]
+
+
+@pytest.mark.parametrize("text", ["eat", "eat up"])
+def test_a_function_without_memory_costs_its_own_score_and_its_worker(text):
+    """What it has no memory for may be its own: a worker that hoards would fail every score after this one."""
+    before, failed, after = scores(RewardPool(config("behave", memory_bytes=200 * 2**20)), "1", text, "2")
+    assert isinstance(failed, RewardFailed)
+    assert all(word in failed.reason for word in (BEHAVE, "'tests#1'", "out of memory", "209,715,200"))
+    assert (before.reward, after.reward) == (1.0, 2.0)
+    assert before.parts[f"{BEHAVE}/pid"] != after.parts[f"{BEHAVE}/pid"]
+
+
+def test_a_function_that_gets_along_without_the_memory_is_not_disturbed():
+    (score,) = scores(RewardPool(config("behave")), "swallow")
+    assert score.reward == 9.0
+
+
+def test_without_a_limit_a_function_takes_what_it_wants():
+    (failed,) = scores(RewardPool(config("limits", memory_bytes=0)), "")
+    assert failed.parts["rewards_of_tests:limits"] == -1.0
+    (limited,) = scores(RewardPool(config("limits", memory_bytes=2**28)), "")
+    # On top of what loading took, give or take what Python maps by itself meanwhile.
+    assert abs(limited.parts["rewards_of_tests:limits/room"] - 2**28) < 2**25
+
+
+def test_what_a_function_starts_does_not_keep_its_seat(functions):
+    """A grandchild outlives the worker: its end must be seen all the same, not at the deadline alone."""
+    begun = time.monotonic()
+    failed, after = scores(RewardPool(config("behave", timeout_s=30.0)), "leave a child and die", "2")
+    psutil.Process(int((functions / "rewards_of_tests.py.child").read_text())).kill()
+    assert isinstance(failed, RewardFailed) and "exit code 5" in failed.reason
+    assert after.reward == 2.0 and time.monotonic() - begun < 15
 
 
 def test_the_failing_term_is_the_one_named():
@@ -205,28 +269,30 @@ def test_close_fails_what_is_in_flight_and_refuses_more():
         ("sum", "expected sums, math, format"),
         ("nowhere_at_all:score", "PYTHONPATH"),
         ("rewards_of_tests:absent", "absent"),
-        ("broken_rewards:score", "did not come up"),
+        ("broken_rewards:score", "SyntaxError"),
+        ("dying_rewards:score", "did not come up"),
     ],
 )
 def test_a_function_that_is_not_there_is_found_at_construction(name, words):
-    with pytest.raises(RewardError, match=words):
+    with pytest.raises(FunctionError, match=words):
         check_functions(RewardsConfig(terms=[RewardTerm(function=name)]))
     assert not [
-        child for child in psutil.Process().children() if "reward_worker" in " ".join(child.cmdline())
+        child for child in psutil.Process().children() if "worker_process" in " ".join(child.cmdline())
     ]
 
 
 def test_terms_must_be_there_and_be_different():
     check_functions(config("sums", "behave"))
-    with pytest.raises(RewardError, match="no terms"):
+    with pytest.raises(FunctionError, match="no terms"):
         RewardPool(RewardsConfig(terms=[]))
-    with pytest.raises(RewardError, match="twice"):
+    with pytest.raises(FunctionError, match="twice"):
         RewardPool(config("sums", "sums"))
 
 
 OWNER = """
 import asyncio, json, sys
 from asyncrl.generators.config import RewardsConfig, RewardTerm
+from asyncrl.generators.functions import FunctionError
 from asyncrl.generators.reward_pool import RewardPool
 
 async def main():

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncrl.generators.functions import FunctionError, load_function
 from asyncrl.generators.reward_math import final_answer, math_answer, plain_number
-from asyncrl.generators.rewards import BUILT_IN, RewardError, load_function, reward_values, sums, think_format
+from asyncrl.generators.rewards import BUILT_IN, reward_values, sums, think_format
 from asyncrl.generators.tasks import sum_row
 
 SAMPLE = [
@@ -147,8 +148,10 @@ def test_final_answer_is_cheap_on_a_very_long_text():
 
 def test_functions_are_found_by_name_and_by_path():
     for name, path in BUILT_IN.items():
-        assert load_function(name) is load_function(path)
-    assert load_function("operator:add")(1, 2) == 3
+        assert load_function("reward function", name, BUILT_IN) is load_function(
+            "reward function", path, BUILT_IN
+        )
+    assert load_function("reward function", "operator:add", BUILT_IN)(1, 2) == 3
 
 
 @pytest.mark.parametrize(
@@ -162,8 +165,8 @@ def test_functions_are_found_by_name_and_by_path():
     ],
 )
 def test_a_function_that_is_not_there_names_the_way_out(name, words):
-    with pytest.raises(RewardError, match=words):
-        load_function(name)
+    with pytest.raises(FunctionError, match=words):
+        load_function("reward function", name, BUILT_IN)
     assert "no_such_module_of_anyone" not in sys.modules
 
 
@@ -176,5 +179,5 @@ def test_values_are_numbers_by_name():
     "returned", [None, "good", float("nan"), float("inf"), {"length": 3}, {"reward": None}]
 )
 def test_what_is_no_reward_is_refused(returned):
-    with pytest.raises(RewardError, match="'f'"):
+    with pytest.raises(FunctionError, match="'f'"):
         reward_values("f", returned)

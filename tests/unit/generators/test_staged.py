@@ -37,7 +37,9 @@ def test_the_same_file_passes(slots: Slots) -> None:
 
 def test_a_file_put_in_its_place_does_not(slots: Slots) -> None:
     staged = verified(offer_of(slots))
-    slots.retire(slots.next())  # as a publisher does that gave this engine up
+    slots.next().retire()  # as a publisher does that gave this engine up
+    staged.check()  # until the file is wanted again
+    slots.next()
     with pytest.raises(SharedMemoryError, match="replaced"):
         staged.check()
 

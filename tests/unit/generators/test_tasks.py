@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.generators.tasks import GeneratedTask, SumsSettings, TaskError, split_of, sum_row
+from asyncrl.generators.calculator import called, evaluate
+from asyncrl.generators.tasks import (
+    GeneratedTask,
+    SumsSettings,
+    TaskError,
+    arithmetic_row,
+    split_of,
+    sum_row,
+)
 
 
 def test_sum_row_is_the_documented_example():
@@ -82,13 +90,40 @@ def test_term_counts_stay_in_their_bounds(low, usual, high, percent, seed):
 @pytest.mark.parametrize(
     ("name", "split", "settings", "words"),
     [
-        ("products", "train", {}, "there are: sums"),
+        ("products", "train", {}, "there are: arithmetic, sums"),
         ("sums", "validation", {}, "it has: train, test"),
         ("sums", "train", {"terms": 3}, "terms"),
         ("sums", "train", {"min_terms": 1}, "2 <= min_terms"),
         ("sums", "train", {"tail_percent": 101}, "0..100"),
+        ("arithmetic", "train", {"tool_percent": -1}, "0..100"),
+        ("arithmetic", "train", {"min_terms": 4}, "1 <= min_terms <= max_terms"),
     ],
 )
 def test_errors_name_the_culprit_and_what_there_is(name, split, settings, words):
     with pytest.raises(TaskError, match=re.escape(words)):
         GeneratedTask(name, split, settings, 0)
+
+
+def test_arithmetic_row_is_the_documented_example():
+    row = arithmetic_row([[12, 3], [40]], by_tool=True)
+    assert (row.question, row.answer, row.solution) == ("12*3+40=", "76", ["<tool>12*3+40</tool>", "76"])
+    assert arithmetic_row([[12, 3], [40]], by_tool=False).solution == "76"
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**9), st.integers(0, 5), st.sampled_from(["train", "test"]))
+def test_the_calculator_knows_every_answer_of_arithmetic(index, seed, split):
+    row = GeneratedTask("arithmetic", split, {"max_terms": 5, "max_digits": 3}, seed).row(index)
+    assert evaluate(row.question.removesuffix("=")) == row.answer and "*" in row.question
+    if isinstance(row.solution, list):
+        call, last = row.solution
+        assert called(call, []) == row.question.removesuffix("=") and last == row.answer
+    else:
+        assert row.solution == row.answer
+
+
+def test_so_many_solutions_in_a_hundred_call_the_calculator():
+    for percent, low, high in ((0, 0, 0), (25, 0.2, 0.3), (100, 1, 1)):
+        task = GeneratedTask("arithmetic", "train", {"tool_percent": percent}, 0)
+        calls = sum(isinstance(task.row(i).solution, list) for i in range(1000)) / 1000
+        assert low <= calls <= high

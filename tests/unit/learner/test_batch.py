@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.buffer.schema import BATCH
+from asyncrl.buffer.schema import BATCH, ENVIRONMENT
 from asyncrl.learner.batch import make_microbatches, read_table, split_groups
 from asyncrl.learner.rows import assemble, rows_of
 
@@ -54,6 +54,17 @@ def test_what_is_no_batch_is_refused(make_table: Callable[..., pa.Table]) -> Non
         2, BATCH.field("prompt_tokens"), pa.array(empty, BATCH.field("prompt_tokens").type)
     )
     with pytest.raises(ValueError, match="rollout 102 has no prompt tokens"):
+        read_table(broken)
+
+
+def test_a_trainable_token_of_the_environment_is_refused(make_table: Callable[..., pa.Table]) -> None:
+    table = make_table(masked=0.0)
+    versions = table.column("versions").to_pylist()
+    versions[3][-1] = ENVIRONMENT
+    field = BATCH.field("versions")
+    broken = table.set_column(BATCH.names.index("versions"), field, pa.array(versions, field.type))
+    place = len(versions[3]) - 1
+    with pytest.raises(ValueError, match=f"rollout 103: token {place} is the environment's"):
         read_table(broken)
 
 

@@ -35,6 +35,14 @@ def test_only_trainable_tokens_of_rollouts_wholly_of_the_present_version_count_a
     assert chosen.tolist() == [False, False, True, False, True, True, False]
 
 
+def test_an_environment_between_two_turns_of_one_version_changes_nothing() -> None:
+    """Its tokens are prefilled by the weights that sample on: all keys are of one version."""
+    versions = np.array([4, -1, -1, 4, 3, -1, 4])
+    trainable = versions >= 0
+    chosen = sampled_by(4, versions, trainable, np.array([4, 3]))
+    assert chosen.tolist() == [True, False, False, True, False, False, False]
+
+
 def test_nothing_to_measure_is_not_zero() -> None:
     found = difference(np.zeros(2), np.zeros(2), np.zeros(2, dtype=bool))
     assert found.tokens == 0 and math.isnan(found.max_abs) and math.isnan(found.k3)

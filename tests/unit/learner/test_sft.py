@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def _pairs(config: SFTConfig) -> Iterator[Pair]:
     tokenizer, draw = sft_tokenizer(config), random.Random(0)
     while True:
         digit = str(draw.randint(0, 9))
-        yield tokenizer.encode(digit + "="), [*tokenizer.encode(digit * 2), tokenizer.eos_token_id]
+        answer = [*tokenizer.encode(digit * 2), tokenizer.eos_token_id]
+        yield tokenizer.encode(digit + "="), answer, [True] * len(answer)
 
 
 def test_a_model_learns_its_pairs_and_loads_elsewhere(tmp_path: Path) -> None:
@@ -67,9 +69,28 @@ def test_too_few_pairs_and_empty_ones_are_refused_and_leave_no_folder(tmp_path: 
     config = _config(steps=3)
     with pytest.raises(ValueError, match=r"gave 20 pairs, .* = 48 are needed"):
         train_sft(config, itertools.islice(_pairs(config), 20), tmp_path / "model")
-    with pytest.raises(ValueError, match="step 1: a pair has an empty"):
-        train_sft(config, itertools.repeat(([1], [])), tmp_path / "model")
+    for pair in (([1], [], []), ([], [2], [True]), ([1], [2, 3], [False, False])):
+        with pytest.raises(ValueError, match="step 1: a pair has an empty prompt, or nothing to imitate"):
+            train_sft(config, itertools.repeat(pair), tmp_path / "model")
+    with pytest.raises(ValueError, match="step 1: 16 flags for 32 answer tokens"):
+        train_sft(config, itertools.repeat(([1], [2, 3], [True])), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_imitated_is_context_alone(tmp_path: Path) -> None:
+    """`d=` -> `d;` (not imitated: another each time) `d`: the loss goes to nothing as if the noise were not there, and the
+    model does not learn to say it."""
+    config, seen = _config(steps=100), list[SFTProgress]()
+    tokenizer, draw = sft_tokenizer(config), random.Random(0)
+
+    def noisy() -> Iterator[Pair]:
+        while True:
+            digit, noise = str(draw.randint(0, 9)), str(draw.randint(0, 9))
+            answer = [*tokenizer.encode(digit + noise + ";" + digit), tokenizer.eos_token_id]
+            yield tokenizer.encode(digit + "="), answer, [True, False, False, True, True]
+
+    train_sft(config, noisy(), tmp_path / "model", progress=seen.append)
+    assert seen[-1].loss < 0.2 < math.log(10) / 5  # which one noisy token of five would cost at least
 
 
 def test_a_folder_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:

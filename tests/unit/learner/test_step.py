@@ -164,6 +164,38 @@ def test_masked_tokens_are_context_only(learner: Open, make_table: Tables) -> No
     assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
 
 
+def test_the_environment_s_tokens_are_context_and_in_no_figure(learner: Open, make_table: Tables) -> None:
+    """Their logprob, which nobody sampled, moves no weight and no figure; the tokens themselves do: they are read."""
+    table = make_table(masked=0.0)
+    versions = [[-1 if i % 3 == 1 else v for i, v in enumerate(row)] for row in table["versions"].to_pylist()]
+    flags = [[v >= 0 for v in row] for row in versions]
+    logprobs = [
+        [x if f else 0.0 for x, f in zip(a, b, strict=True)]
+        for a, b in zip(table["logprobs"].to_pylist(), flags, strict=True)
+    ]
+    table = _set(_set(_set(table, "versions", versions), "trainable", flags), "logprobs", logprobs)
+    wild = [
+        [x if f else -30.0 for x, f in zip(a, b, strict=True)] for a, b in zip(logprobs, flags, strict=True)
+    ]
+    others = [
+        [t if f else (t + 1) % 13 for t, f in zip(a, b, strict=True)]
+        for a, b in zip(table["tokens"].to_pylist(), flags, strict=True)
+    ]
+    results = []
+    for one_table in (table, _set(table, "logprobs", wild), _set(table, "tokens", others)):
+        one = learner()
+        metrics = one.train(one_table, 4)
+        results.append((_weights(one), metrics))
+    (weights, first), (same, second), (moved, _) = results
+    given = sum(v < 0 for row in versions for v in row)
+    assert first.tokens_environment == given > 0 and first.tokens_masked == 0
+    assert first.tokens_trained == sum(map(sum, flags))
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert not all(torch.equal(weights[name], moved[name]) for name in weights)
+    for name in ("drift_max", "drift_k3", "importance_mean", "mismatch_max", "entropy", "loss"):
+        assert getattr(first, name) == pytest.approx(getattr(second, name), nan_ok=True)
+
+
 def test_without_a_trainable_token_no_weight_moves(learner: Open, make_table: Tables) -> None:
     one = learner()
     one.train(make_table(seed=1), 4)

@@ -7,18 +7,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from asyncrl.buffer.records import Recovery
 from asyncrl.runtime import buffer_watch
-from asyncrl.runtime.buffer_watch import MOST_DEATHS, WITHIN_S, Deaths, ShardKeeper
+from asyncrl.runtime.buffer_watch import MOST_DEATHS, ShardKeeper
 from asyncrl.runtime.observer import Observer
 from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.runtime.watch import PartFailed, Watch
 from tests.buffers import buffer_service
-
-
-def test_deaths_are_counted_within_a_window():
-    deaths = Deaths()
-    assert not any(deaths.one_too_many(float(i)) for i in range(MOST_DEATHS))
-    assert not deaths.one_too_many(WITHIN_S + 0.5)  # the first of them is past
-    assert deaths.one_too_many(WITHIN_S + 0.6)
 
 
 class Call:

@@ -134,6 +134,31 @@ def test_one_life_as_json(run, capsys):
     assert [s["logprob_mean"] for s in found["rollout"]["spans"]] == [-0.25, -0.75]
 
 
+def test_tokens_of_the_environment_are_told_apart(run, capsys):
+    _, log = run
+    log.admit(9, [9], tokens=ids("1+2="), question="1+2=")
+    log.state(9, "LEASED", group_id=9, lease_id=20, engine_id="a-0")
+    log.segment(9, 0, ids("1+2$"), version=1, lease_id=20)
+    log.segment(9, 4, ids("=3"), version=-1, lease_id=20, logprob=0.0)
+    log.segment(9, 6, ids("3$"), version=1, lease_id=20, finish="stop")
+    shown = asked(capsys, "sums", "--rollout", "9")[1]
+    assert "8 tokens (2 of the environment), finish reason stop" in shown
+    assert "env 4 2 -" in lines_of(shown)
+    assert "[1]1+2" in shown and "[env]=3[1]3" in shown
+    spans = json.loads(asked(capsys, "sums", "--rollout", "9", "--json")[1])["rollout"]["spans"]
+    assert [(s["origin"], s["version"], s["tokens"]) for s in spans] == [
+        ("model", 1, 4),
+        ("environment", -1, 2),
+        ("model", 1, 2),
+    ]
+    query = (
+        "select origin, sum(len(tokens)) as n from segments where rollout_id = 9 group by origin order by n"
+    )
+    assert asked(capsys, "sums", "--sql", query)[1] == "origin\tn\nenvironment\t2\nmodel\t6\n"
+    query = "select environment_tokens, first_version, last_version from rollouts where rollout_id = 9"
+    assert asked(capsys, "sums", "--sql", query)[1].splitlines()[1] == "2\t1\t1"
+
+
 def test_one_group(run, capsys):
     code, out, _ = asked(capsys, "sums", "--group", "2")
     lines = lines_of(out)

@@ -57,6 +57,23 @@ def test_a_trained_token_past_the_bound_or_from_the_future_is_found(versions):
     assert examine(batch([versions], [[True, True]]), version=7, bound=2).tokens_past_bound == 1
 
 
+def test_the_environment_s_tokens_have_no_age_and_are_no_version_of_their_own():
+    rows = batch([[5, -1, -1, 6], [7, -1], [-1]], [[True, False, False, True], [True, False], [False]])
+    found = examine(rows, version=7, bound=2)
+    assert (found.staleness_min, found.staleness_mean, found.staleness_max) == (0, 1.0, 2)
+    assert (found.trained_tokens, found.tokens_past_bound) == (3, 0)
+    assert (found.spanning_rollouts, found.versions_in_rollout_max) == (1, 2)
+    alone = examine(batch([[-1]], [[False]]), version=7, bound=2)
+    assert (alone.staleness_min, alone.staleness_mean, alone.staleness_max) == (0, 0.0, 0)
+
+
+def test_a_trained_token_of_the_environment_is_found():
+    """Also at version 0, where it would count as one version old."""
+    for version in (0, 7):
+        rows = batch([[version, -1]], [[True, True]])
+        assert examine(rows, version=version, bound=2).tokens_past_bound == 1
+
+
 def test_the_first_fault_of_nested_groups_is_the_cause():
     cause = ValueError("it")
     inner = BaseExceptionGroup("inner", [asyncio.CancelledError(), cause])

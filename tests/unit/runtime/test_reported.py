@@ -21,12 +21,12 @@ def report(tmp_path):
 
 
 def test_waits_go_on_growing_when_a_process_counts_from_0_again():
-    waits = Waits(engines=2)
-    waits.add({LEARNER_WAITS: 10.0, ENGINES_WAIT: 8.0})
-    waits.add({LEARNER_WAITS: 12.0, ENGINES_WAIT: 9.0})
-    waits.add({LEARNER_WAITS: 1.0, ENGINES_WAIT: 0.5})
-    waits.add({LEARNER_WAITS: 1.5, ENGINES_WAIT: 0.5})
-    assert waits.mean_s == {LEARNER_WAITS: 13.5, ENGINES_WAIT: 9.5 / 2}
+    waits = Waits()
+    waits.add({LEARNER_WAITS: 10.0, ENGINES_WAIT: 8.0}, engines=2)
+    waits.add({LEARNER_WAITS: 12.0, ENGINES_WAIT: 9.0}, engines=1)
+    waits.add({LEARNER_WAITS: 1.0, ENGINES_WAIT: 0.5}, engines=2)
+    waits.add({LEARNER_WAITS: 1.5, ENGINES_WAIT: 0.5}, engines=2)
+    assert waits.mean_s == {LEARNER_WAITS: 13.5, ENGINES_WAIT: 8.0 / 2 + 1.0 + 0.5 / 2}
 
 
 def test_the_buffer_s_report_becomes_facts(tmp_path):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 
 import pytest
 import torch
 import zmq
+from engine_threads import Engines
 
-from asyncrl.generators.fake_engine import FakeEngine, Fault
+from asyncrl.generators.fake_engine import Fault
 from asyncrl.generators.fake_speech import weights_digest
 from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.config import WeightSyncConfig
@@ -27,9 +28,8 @@ from asyncrl.weight_sync.errors import (
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.probe import Probe, largest_difference
 from asyncrl.weight_sync.publisher import Publisher
-from asyncrl.weight_sync.receiver import Receiver
+from asyncrl.weight_sync.report import TransactionReport
 from asyncrl.weight_sync.shm import slot_path
-from asyncrl.weight_sync.transaction import TransactionReport
 
 PLAN = make_plan([("a", "float32", (64,)), ("b", "bfloat16", (8, 8)), ("c", "float32", (3,))], 384)
 WEIGHTS = {"a": torch.ones(64), "b": torch.ones(8, 8), "c": torch.ones(3)}
@@ -41,39 +41,6 @@ def publisher() -> Iterator[Publisher]:
     with Publisher(WeightSyncConfig(timeout_s=20.0), name, PLAN) as made:
         yield made
     assert not slot_path(name, 0).exists() and not slot_path(name, 1).exists()
-
-
-class Engines:
-    """Fake engines with their receivers, in an event loop of a thread of their own."""
-
-    def __init__(self, endpoint: str, **faults: list[Fault]) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
-        self.engines: dict[str, FakeEngine] = {}
-        self.receiving: dict[str, asyncio.Task[None]] = {}
-        for name, script in faults.items():
-            self.do(self._start(endpoint, name, script))
-
-    def do(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
-
-    async def _start(self, endpoint: str, name: str, faults: list[Fault]) -> None:
-        self.engines[name] = FakeEngine(faults=faults)
-        await self.engines[name].start()
-        self.receiving[name] = asyncio.create_task(Receiver(self.engines[name], endpoint, name).run())
-
-    async def leave(self, name: str) -> None:
-        self.receiving[name].cancel()
-        await asyncio.wait({self.receiving[name]}, timeout=10)
-
-    def close(self) -> None:
-        for name in self.engines:
-            self.do(self.leave(name))
-            self.do(self.engines[name].shutdown())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(timeout=10)
-        self.loop.close()
 
 
 @pytest.fixture
@@ -90,10 +57,12 @@ def engines(publisher: Publisher) -> Iterator:
         each.close()
 
 
-def write(publisher: Publisher, version: int) -> None:
+def write(publisher: Publisher, version: int) -> tuple[int, ...]:
+    """Returns the checksums."""
     publisher.begin(version)
     for bucket in PLAN.buckets:
-        publisher.write(bucket, WEIGHTS)
+        publisher.write(bucket, {name: tensor + version for name, tensor in WEIGHTS.items()})
+    return publisher._draft.offer().checksums
 
 
 def test_calls_out_of_order_say_what_was_expected(publisher):
@@ -115,7 +84,8 @@ def test_calls_out_of_order_say_what_was_expected(publisher):
     publisher.write(PLAN.buckets[1], WEIGHTS)
     with pytest.raises(WeightSyncError, match="out of order"):
         publisher.write(PLAN.buckets[1], WEIGHTS)
-    with pytest.raises(WeightSyncError, match="no engine has joined"):
+    publisher.commit()
+    with pytest.raises(WeightSyncError, match=r"call begin\(version\) first"):
         publisher.commit()
 
 
@@ -131,8 +101,7 @@ def test_an_abandoned_version_can_be_begun_again(publisher, engines):
 
 def test_the_engine_gets_the_bytes_that_were_written(publisher, engines):
     running = engines(a=[])
-    write(publisher, 3)
-    sums = tuple(publisher._draft.checksums)
+    sums = write(publisher, 3)
     publisher.commit()
     assert running.engines["a"].stats().version == 3
     assert running.engines["a"]._digest == weights_digest(sums)
@@ -148,16 +117,16 @@ def test_an_engine_that_leaves_is_not_waited_for(publisher, engines):
     assert report.engines.keys() == {"a"} and report.seconds < 10
 
 
-def test_an_engine_that_leaves_while_others_stage_aborts_at_once(publisher, engines):
-    running = engines(a=[], b=[Fault(kind="hang", where="stage", at=0)])
+@pytest.mark.parametrize("where", ["stage", "apply"])
+def test_an_engine_that_leaves_in_a_sync_is_gone_on_without(publisher, engines, where):
+    running = engines(a=[], b=[Fault(kind="hang", where=where, at=0)])
     write(publisher, 0)
     timer = threading.Timer(0.5, lambda: running.do(running.leave("b")))
     timer.start()
-    with pytest.raises(SyncAborted, match="b was lost: it left: cancelled"):
-        publisher.commit()
+    report = publisher.commit()
     timer.join()
-    write(publisher, 0)
-    assert publisher.commit().engines.keys() == {"a"}
+    assert {name: m.outcome for name, m in report.engines.items()} == {"a": "applied", "b": "left"}
+    assert not report.out_of_service and report.seconds < 10 and publisher.engines == {"a": 0}
 
 
 def test_an_interrupt_before_the_commit_point_aborts_everywhere(publisher, engines):
@@ -192,6 +161,9 @@ def test_strangers_and_garbage_are_counted_and_change_nothing(publisher, engines
     stranger.send(b"\xff not a message")
     stranger.send_multipart([b"", b""])
     stranger.send(wire.encode(wire.Staged(attempt=1, stage_s=0.0)))
+    nameless = context.socket(zmq.DEALER)
+    nameless.connect(publisher.endpoint)
+    nameless.send(wire.encode(wire.Join(version=-1)))
     try:
         with pytest.raises(EnginesMissing):
             publisher.wait_for_engines({"stranger"}, timeout_s=0.5)
@@ -199,9 +171,34 @@ def test_strangers_and_garbage_are_counted_and_change_nothing(publisher, engines
         report = publisher.commit()
     finally:
         stranger.close(linger=0)
+        nameless.close(linger=0)
         context.term()
     assert report.engines.keys() == {"a"}
-    assert report.ignored == {"malformed message": 2, "staged after its attempt": 1}
+    assert report.ignored == {
+        "malformed message": 2,
+        "staged after its attempt": 1,
+        "message without a name": 1,
+    }
+
+
+def test_two_connections_of_one_name_are_one_engine_the_newer(publisher):
+    context = zmq.Context()
+    older, newer = (context.socket(zmq.DEALER) for _ in range(2))
+    try:
+        for version, dealer in enumerate((older, newer)):
+            dealer.setsockopt(zmq.ROUTING_ID, b"a")
+            dealer.connect(publisher.endpoint)
+            dealer.send(wire.encode(wire.Join(version=version)))
+            publisher.wait_for_engines({"a"}, timeout_s=20)
+            time.sleep(0.2)
+        assert publisher.engines == {"a": 1}
+        older.send(wire.encode(wire.Leave(reason="late")))
+        time.sleep(0.2)
+        assert publisher.engines == {"a": 1}
+    finally:
+        for dealer in (older, newer):
+            dealer.close(linger=0)
+        context.term()
 
 
 def test_a_closed_publisher_frees_its_port_and_refuses(publisher):
@@ -209,6 +206,7 @@ def test_a_closed_publisher_frees_its_port_and_refuses(publisher):
     publisher.close()
     with pytest.raises(WeightSyncError, match="closed"):
         publisher.begin(0)
+    assert publisher.welcome() is None
 
 
 PROBE = Probe(tokens=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=0.01)
@@ -237,7 +235,9 @@ def test_a_probe_needs_a_logprob_for_each_token_but_the_first():
 
 
 def test_errors_keep_their_facts_through_pickling():
-    report = TransactionReport(version=2, committed=False, seconds=1.0, reason="why", members={}, ignored={})
+    report = TransactionReport(
+        version=2, committed=False, seconds=1.0, reason="why", offered=True, members={}, ignored={}
+    )
     for error in (
         ChecksumError(2, 1, 3, 4, "/dev/shm/x"),
         SyncAborted("told", report),

@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from asyncrl.weight_sync import sockets, wire
-from asyncrl.weight_sync.errors import VersionTimeout, WeightSyncError
+from asyncrl.weight_sync.errors import Dismissed, VersionTimeout, WeightSyncError
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.receiver import Receiver
 from asyncrl.weight_sync.shm import map_version
@@ -31,6 +31,7 @@ class Diary:
         self.calls: list[str] = []
         self.fail_apply = False
         self.stage_s = 0.0
+        self.apply_s = 0.0
         self.busy = False
 
     async def _call(self, what: str, seconds: float = 0.0) -> None:
@@ -47,7 +48,7 @@ class Diary:
         map_version(offer).close()
 
     async def apply(self, offer: Offer) -> float:
-        await self._call(f"apply {offer.version}")
+        await self._call(f"apply {offer.version}", self.apply_s)
         if self.fail_apply:
             raise RuntimeError("half written")
         return 0.125
@@ -129,6 +130,39 @@ def test_stages_applies_and_probes():
             )
             assert hand.receiver.version == 3
             assert hand.target.calls == ["stage 3", "apply 3", "probe"]
+
+    asyncio.run(scenario())
+
+
+def test_a_dismissal_ends_the_engine_that_it_is_for():
+    async def scenario() -> None:
+        async with connected() as hand:
+            await hand.tell(wire.Dismiss(attempt=4, reason="one that had my name"))
+            await hand.tell(hand.propose(5, version=0))
+            assert isinstance(await hand.hear(), wire.Staged)
+            await hand.tell(wire.Dismiss(attempt=4, reason="an old one"))
+            await hand.tell(wire.Ping())
+            await hand.tell(wire.Dismiss(attempt=5, reason="no answer within 3.0 s"))
+            assert isinstance(await hand.hear(), wire.Leave)
+            with pytest.raises(
+                Dismissed, match=r"engine, version -1: put out of service .* no answer within"
+            ):
+                await hand.running
+
+    asyncio.run(scenario())
+
+
+def test_leaving_while_it_applies_is_a_farewell_and_no_failure():
+    async def scenario() -> None:
+        async with connected() as hand:
+            await hand.tell(hand.propose(1, version=0))
+            assert isinstance(await hand.hear(), wire.Staged)
+            hand.target.apply_s = 60.0
+            await hand.tell(wire.Apply(attempt=1, probe=()))
+            await asyncio.sleep(0.2)
+            assert hand.target.calls[-1] == "apply 0" and hand.target.busy
+            hand.running.cancel()
+            assert await hand.hear() == wire.Leave(reason="cancelled")
 
     asyncio.run(scenario())
 

@@ -144,8 +144,13 @@ def test_a_retired_slot_leaves_a_slow_reader_its_bytes(run_id):
     offer = written(slot, PLAN, {"w": torch.full((300, 4), 1.0), "b": torch.ones(7)})
     slow = map_version(offer)
     before = bytes(slow)
-    slots.retire(slot)
-    assert slots.next() is not slot
+    slots.committed()
+    slot.retire()
+    assert read(offer)["w"].max() == 1.0, "engines that come later can still have it"
+    slots.committed()
+    assert bytes(slow) == before
+    assert slots.next() is not slot and slots.next().path == slot.path
+    assert slots.next() is slots.next(), "one new file is enough"
     written(slots.next(), PLAN, {"w": torch.full((300, 4), 2.0), "b": torch.zeros(7)})
     assert bytes(slow) == before
     slow.close()

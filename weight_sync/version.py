@@ -1,0 +1,60 @@
+"""One version of the weights at the learner: its place in shared memory, and what is known of its bytes. Used by the
+publisher, for the version that is being written and for the one that is live.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from asyncrl.weight_sync.errors import WeightSyncError
+from asyncrl.weight_sync.plan import Bucket, Plan
+from asyncrl.weight_sync.probe import Probe
+from asyncrl.weight_sync.slots import Slot
+from asyncrl.weight_sync.wire import Offer
+
+
+class Version:
+    """Buckets are written once each, in the plan's order; then it can be offered, as often as engines come."""
+
+    def __init__(self, number: int, slot: Slot, plan: Plan) -> None:
+        self.number = number
+        self.slot = slot
+        self.started = time.monotonic()
+        self.write_s = 0.0
+        self.probe: Probe | None = None
+        """What engines that take it are asked."""
+        self._plan = plan
+        self._checksums: list[int] = []
+
+    def write(self, bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Publisher.write`."""
+        started = time.monotonic()
+        index = len(self._checksums)
+        if index == len(self._plan.buckets) or bucket != self._plan.buckets[index]:
+            raise WeightSyncError(
+                f"version {self.number}: bucket {bucket.index} out of order, expected bucket {index} of "
+                f"{len(self._plan.buckets)} of the publisher's plan"
+            )
+        self._checksums.append(self.slot.fill(bucket, tensors))
+        self.write_s += time.monotonic() - started
+
+    def offer(self) -> Offer:
+        """Raises `WeightSyncError` if buckets are missing."""
+        if len(self._checksums) < len(self._plan.buckets):
+            raise WeightSyncError(
+                f"version {self.number}: expected {len(self._plan.buckets)} buckets, {len(self._checksums)} are written"
+            )
+        return Offer(
+            version=self.number,
+            transport="shm",
+            location=str(self.slot.path),
+            plan=self._plan,
+            checksums=tuple(self._checksums),
+        )
+
+    def is_intact(self) -> bool:
+        """Whether the bytes in shared memory are those that were written: one pass over them."""
+        return [self.slot.checksum(bucket) for bucket in self._plan.buckets] == self._checksums
