@@ -67,7 +67,8 @@ class Setup(msgspec.Struct, frozen=True):
     function: str
     settings: dict[str, Any]
     stop_tokens: list[str]
-    model: str
+    model: str | None
+    """None: there is no tokenizer yet, and nothing but the factory's name is looked at."""
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -93,6 +94,8 @@ def answerer(setup: bytes) -> Callable[[bytes], bytes]:
     """
     wanted = msgspec.json.decode(setup, type=Setup)
     factory = load_function("environment", wanted.function, BUILT_IN)
+    if wanted.model is None:
+        return lambda body: body
     try:
         with _without_torch():
             tokenizer = load_tokenizer(wanted.model)

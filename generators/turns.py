@@ -101,12 +101,15 @@ def has_turns(config: EnvironmentConfig | None) -> bool:
     return config is not None and config.function != SINGLE_TURN
 
 
-def check_environment(config: EnvironmentConfig, model: str) -> None:
-    """Has one worker load the environment, and ends it: for checks before launch. Raises `FunctionError`."""
+def check_environment(config: EnvironmentConfig, model: str | None) -> None:
+    """Has one worker load the environment, and ends it: for checks before launch. Raises `FunctionError`.
+
+    `model` None: it is not made yet, so neither settings nor stop tokens can be checked, but that there is such a factory.
+    """
     check(_job(config, model))
 
 
-def _job(config: EnvironmentConfig, model: str) -> Job:
+def _job(config: EnvironmentConfig, model: str | None) -> Job:
     setup = Setup(config.function, config.settings, config.stop_tokens, model)
     return Job(
         what="environment",

@@ -105,13 +105,13 @@ def _rewards(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _environment(recipe: Recipe) -> Iterator[Problem]:
-    """Loaded by a worker process as the run will load it, where the model and so its tokenizer are there."""
+    """Loaded by a worker process as the run will load it; of a model that is made first there is no tokenizer yet."""
     environment = recipe.environment
-    if environment is None or not Path(recipe.model.path).is_dir():
+    if environment is None:
         return
-    if environment.function != SINGLE_TURN or environment.stop_tokens:
+    if environment.function != SINGLE_TURN or environment.stop_tokens or environment.settings:
         try:
-            check_environment(environment, recipe.model.path)
+            check_environment(environment, recipe.model.path if Path(recipe.model.path).is_dir() else None)
         except FunctionError as error:
             yield Problem("environment", repr(environment.function), str(error))
 

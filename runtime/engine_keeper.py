@@ -107,7 +107,7 @@ class EngineKeeper:
                 return
             now = time.monotonic()
             again_s = None if self.deaths.one_too_many(now) else self.deaths.wait_s(now)
-            self._be("dead" if again_s is None else "restarting", _first_line(error))
+            self._be("dead" if again_s is None else "restarting", error.short or str(error))
             self._run.died(self, error, again_s)
             if again_s is None:
                 return
@@ -211,7 +211,7 @@ class EngineKeeper:
         """`error`: what it died of. Its leases are free before anything else, for others to go on with."""
         if actor is not None:
             if error is not None:
-                self._be("restarting", _first_line(error))
+                self._be("restarting", error.short or str(error))
                 await self._run.buffer.engine_lost(self.engine_id, for_good=True)
             if error is None or not error.process_died:
                 with contextlib.suppress(PartFailed):
@@ -273,10 +273,6 @@ class EngineKeeper:
         logger.info("engine=%s state=%s reason=%s", self.engine_id, state, reason)
         self.state, self.reason = state, reason
         self._run.moved()
-
-
-def _first_line(error: PartFailed) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _seen(task: asyncio.Task[None]) -> None:

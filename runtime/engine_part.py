@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 
 from asyncrl.buffer import BufferAddress, BufferClient
+from asyncrl.generators.collector import leave_out_what_is_loaded
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.dispatcher import Dispatcher
 from asyncrl.generators.engine import Engine
@@ -89,6 +90,7 @@ class EnginePart:
         await self._engine.start()
         self._rewards = await asyncio.to_thread(RewardPool, self._recipe.rewards)
         self._turns = await asyncio.to_thread(open_turns, self._recipe.environment, self._recipe.model.path)
+        leave_out_what_is_loaded()
         node = ray.get_runtime_context().get_node_id()
         return f"{ray.util.get_node_ip_address()} ({node[:6]})"
 

@@ -21,6 +21,8 @@ class PartFailed(RuntimeError):
 
     process_died = False
     """The process is gone, which says nothing against what it ran: it may be started again."""
+    short = ""
+    """The cause in one line."""
 
 
 class Stopped(Exception):
@@ -55,6 +57,7 @@ class Watch:
         except ray.exceptions.RayError as error:
             failed = PartFailed(self.report(part, str(error)))
             failed.process_died = isinstance(error, ray.exceptions.RayActorError)
+            failed.short = _cause(error)
             raise failed from error
 
     async def call(self, part: str, reference: Any, timeout_s: float) -> Any:
@@ -98,3 +101,10 @@ class Watch:
         """The part's own traceback is within Ray's error text; the log's tail shows what its children said."""
         log = tail(self.folder.log(part.removesuffix(" dispatcher")))
         return f"{part} failed: {error}\n--- the end of its log ({self.folder.logs}) ---\n{log}"
+
+
+def _cause(error: ray.exceptions.RayError) -> str:
+    """One line: what was raised where the call ran; a process that is gone raised nothing."""
+    cause = getattr(error, "cause", None) or error
+    text = next(iter(str(cause).strip().splitlines()), "")
+    return text if cause is error else f"{type(cause).__name__}: {text}"

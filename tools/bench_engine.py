@@ -83,7 +83,7 @@ class Bench:
         self._requests += 1
         return [(self._requests + index) % 10 for index in range(PROMPT_TOKENS)]
 
-    async def one_raw(self) -> int:
+    async def one_raw(self, stream_interval: int = 1) -> int:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -94,6 +94,7 @@ class Bench:
             detokenize=False,
             ignore_eos=True,
             output_kind=RequestOutputKind.DELTA,
+            stream_interval=stream_interval,
         )
         count = 0
         prompt = {"type": "token", "prompt_token_ids": self._prompt()}

@@ -163,6 +163,15 @@ class Run:
         self.process.wait(10)
 
 
+VLLM = (
+    "pools.0.engine=vllm",
+    "pools.0.engines=1",
+    "pools.0.concurrency=16",
+    "pools.0.kv_cache_bytes=134217728",
+)
+"""Overrides for one real engine."""
+
+
 @contextlib.contextmanager
 def launched(tmp_path: Path, model: Path, *overrides: str) -> Iterator[Run]:
     """A run that is gone at the end, with its shared memory, however it ended."""

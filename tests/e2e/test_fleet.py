@@ -9,7 +9,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from asyncrl.buffer.reading import read_log
-from tests.e2e.runs import launched, tiny_model
+from tests.e2e.runs import VLLM, launched, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,20 @@ def test_engines_that_are_killed_are_started_again(tmp_path, model):
         assert run.end(240) == 0, run.text
         assert run.left_over(children) == []
     check_sound(run, steps=60)
+
+
+@pytest.mark.vllm
+def test_a_run_goes_on_after_the_death_of_its_only_vllm_engine(tmp_path, model):
+    """The engine's core is killed, its own process lives: the tails of all rollouts are handed in before it is replaced."""
+    with launched(tmp_path, model, *VLLM, "run.steps=12", "prompts.held_out=") as run:
+        run.wait_for_step()
+        (core,) = [p for p in run.engine("fake-0").children() if "EngineCore" in " ".join(p.cmdline())]
+        core.kill()
+        run.wait_for(r"^note +engine fake-0 died \(.*EngineDead.*\); starting it again in 1 s")
+        children = run.descendants()
+        assert run.end(240) == 0, run.text
+        assert run.left_over(children) == []
+    check_sound(run, steps=12)
 
 
 def test_a_pool_that_keeps_dying_fails_and_the_others_go_on(tmp_path, model):

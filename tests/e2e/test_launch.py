@@ -8,20 +8,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.buffer.reading import read_log
-from tests.e2e.runs import launched, tiny_model
+from tests.e2e.runs import VLLM, launched, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-VLLM = (
-    "pools.0.engine=vllm",
-    "pools.0.engines=1",
-    "pools.0.concurrency=16",
-    "pools.0.kv_cache_bytes=134217728",
-)
 
 
 def check_sound(summary, steps):

@@ -306,6 +306,20 @@ def test_rotations_and_deletions_between_hand_over_and_commit_leave_the_files(tm
     driver.shard.close()
 
 
+def test_the_status_says_how_often_and_for_how_long_at_most_the_log_was_rotated(tmp_path):
+    """A snapshot begins a file too, and is no rotation: somebody asked for it and waits for it."""
+    with buffer_service(tmp_path, prompts_per_step=2, rotate_bytes=2**16) as (buffer, reader):
+        reader.publish(0)
+        assert (reader.status().rotations, reader.status().longest_rotation_s) == (0, 0.0)
+        for round_number in range(1, 4):
+            goes_round(buffer, tokens=3000)
+            reader.snapshot(round_number)
+            status = reader.status()
+            begun = len([*buffer.log().glob("base-*")]) - 1
+            assert status.rotations == begun - round_number
+        assert status.rotations > 0 and 0 < status.longest_rotation_s < 5.0
+
+
 def test_a_reader_has_its_batch_while_the_log_is_rotated_and_old_files_deleted(tmp_path):
     """Over the socket, in files that are full after a step or two."""
     sizes = {"prompts_per_step": 2, "keep_log": "needed", "rotate_bytes": 2**16}

@@ -346,6 +346,27 @@ def test_mixed_pools_share_the_work():
     assert plan.best.step_s < alone.best.step_s
 
 
+def test_engines_stay_on_the_learners_node_where_the_network_is_slow():
+    """A second node behind a thin link is worth nothing when sending a version to it takes longer than it saves."""
+    model, load = decoder(layers=12), work(mean=20, longest=128, prompts=8)
+    one, two = (make_plan(question(fleet(("A10G", 8, n)), model, load)).best for n in (1, 2))
+    link = GPUS["A10G"].node_link_bytes_per_s * EFF.link
+    shards = 4 * model.parameters * (one.learner.ranks - 1) / one.learner.ranks
+    assert one.learner.publish_s == pytest.approx((shards + model.weight_bytes("bfloat16")) / link)
+    assert two == one
+
+
+def test_pools_are_not_mixed_where_that_doubles_the_bytes_of_a_version():
+    """T4 has no bfloat16; with it beside others versions travel as float32."""
+    model, load = decoder(layers=12), work(mean=100, longest=512)
+    thin = {name: GPUConfig(cluster_link_bytes_per_s=0.5e9) for name in ("A10G", "T4")}
+    cluster = fleet(("A10G", 2, 8))
+    alone = make_plan(question(cluster, model, load, rows=thin)).best
+    beside = make_plan(question([*cluster, *fleet(("T4", 8, 2))], model, load, rows=thin)).best
+    assert len({pool.dtype for pool in beside.pools}) == 1
+    assert beside.step_s <= alone.step_s
+
+
 def test_a_gpu_without_bfloat16_generates_in_float16_and_trains_in_float32():
     plan = make_plan(
         question(fleet(("V100-32G", 8, 1)), decoder(hidden=512, layers=4), work(longest=1024, mean=300))

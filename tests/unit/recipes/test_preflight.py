@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.learner.tiny_model import character_tokenizer
 from asyncrl.recipes import load_recipe
 from asyncrl.recipes.model_folder import ModelFolderError, inspect_model
 from asyncrl.recipes.preflight import preflight
@@ -54,6 +55,31 @@ def test_a_sound_recipe_has_no_problem_and_knows_the_model(tmp_path):
 )
 def test_each_lack_is_named(tmp_path, overrides, words):
     assert any(words in problem for problem in found(tmp_path, *overrides))
+
+
+def test_an_environment_is_loaded_with_the_model_s_tokenizer(tmp_path):
+    model = write_model(tmp_path / "model")
+    character_tokenizer("0123456789+=;").save_pretrained(model)
+    recipe = ROOT / "recipes" / "quickstart.toml"
+    for wrong, words in (
+        ('environment={ stop_tokens = [";", "1+"] }', "stop token '1+' is 2 tokens"),
+        ('environment={ function = "calculator" }', "sft.alphabet"),
+        ("environment={ settings = { a = 1 } }", "'single_turn' has no settings"),
+        ('environment={ stop_tokens = [";"] }', ""),
+        ('environment={ function = "single_turn" }', ""),
+    ):
+        problems = preflight(load_recipe(recipe, [f"model.path={model}", wrong])).problems
+        assert [p.path for p in problems] == (["environment"] if words else []) and words in "".join(
+            map(str, problems)
+        )
+
+
+def test_of_a_model_that_is_made_first_the_environment_s_name_is_checked(tmp_path):
+    missing = [f"model.path={tmp_path / 'none'}"]
+    recipe = ROOT / "recipes" / "calculator.toml"
+    assert preflight(load_recipe(recipe, missing)).problems == []
+    wrong = load_recipe(recipe, [*missing, 'environment.function="calculater"'])
+    assert "expected single_turn, calculator" in str(preflight(wrong).problems)
 
 
 def test_all_lacks_are_named_at_once(tmp_path):
