@@ -106,7 +106,7 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     start_timeout_s: PositiveSeconds = 600.0
     gpu_type: str = ""
-    """As Ray names accelerator types, such as `H100` or `A100-80G`: only machines with it are used. Empty: any."""
+    """As Ray names accelerator types, such as `H100` or `A100`: only machines with it are used. Empty: any."""
     resources: dict[str, float] = {}
     """Custom resources of Ray that each engine takes, such as `{ spot = 1.0 }`."""
     max_deaths: NonNegative = 5

@@ -53,6 +53,7 @@ class RunCommands:
             said.append(f"{', '.join(names)}: {slots} in each engine")
         text = "; ".join(said)
         self._observer.note(text)
+        self._supervisor.look.set()
         return text
 
     def _scale_engines(self, fleet: Fleet, name: str, engines: int) -> str:
@@ -86,6 +87,7 @@ class RunCommands:
             await fleet.drain(name)
             text = f"pool {name} hands its rollouts back and takes nothing more"
             self._observer.note(text)
+            self._supervisor.look.set()
             return text
         self._supervisor.draining = True
         await self._supervisor.stop_feeding()
@@ -106,6 +108,7 @@ class RunCommands:
     def _now(self, state: RunState, text: str) -> str:
         self._observer.state = state
         self._observer.note(text)
+        self._supervisor.look.set()
         return text
 
 

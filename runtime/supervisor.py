@@ -11,6 +11,7 @@ loop, in the launching process. Called by `launch`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -64,6 +65,8 @@ class Supervisor:
         """From when the buffer is up."""
         self.draining = False
         """Nothing more is admitted; the run ends when what is under way is trained."""
+        self.look = asyncio.Event()
+        """Somebody wants to see the run as it is now."""
         self._run_id, self._keys = run_id, parts.keys
         self._buffers, self._learners = parts.buffers, parts.learners
         self._frontier, self._held_out = frontier, held_out
@@ -226,8 +229,11 @@ class Supervisor:
         return [getattr(part, method).remote(*arguments) for part in self._learners]
 
     async def _observe(self, client: BufferClient, fleet: Fleet) -> None:
-        """Once a second: the state of every part, to view and metrics. Ends when cancelled."""
+        """Once a second, and after each command: the state of every part, to view and metrics. Ends when cancelled."""
         while True:
-            await asyncio.sleep(_SNAPSHOT_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SNAPSHOT_S):
+                    await self.look.wait()
+            self.look.clear()
             engines, pools = await fleet.facts()
             self.observer.snapshot(await client.status(), engines, pools)

@@ -47,7 +47,11 @@ PROMPT_TOKENS: Final = 16
 FLUSH_TOKENS: Final = 32
 WAVES: Final = 2
 PAYLOAD: Final = '{"prompt_id": "bench", "question": "1+1", "answer": "2"}'
-READ_S: Final = 300.0
+READ_S: Final = 120.0
+NEVER_STALE: Final = 10_000
+"""Versions: batches are committed as if they had been trained, and the engine keeps version 0."""
+AHEAD: Final = 6
+"""Batches that are admitted at once (fake)."""
 Row = dict[str, float]
 
 
@@ -55,13 +59,13 @@ class Through:
     """asyncrl around one engine: batches of `rollouts` answers, of at most `tokens` tokens each."""
 
     def __init__(self, shards: Shards, buffer: BufferClient, dispatcher: Dispatcher, prompts: int) -> None:
-        self._buffer, self.dispatcher, self._prompts = buffer, dispatcher, prompts
+        self.buffer, self.dispatcher, self._prompts = buffer, dispatcher, prompts
         self._learner = BlockingBufferClient(shards.address)
-        self._version = 0
+        self.trained = 0
         self._learner.publish(0)
 
     async def admit(self) -> None:
-        first = self._version * self._prompts
+        first = self.trained * self._prompts
         rows = [
             PromptRow(
                 prompt_id=f"p{at}",
@@ -71,7 +75,7 @@ class Through:
             )
             for at in range(first, first + self._prompts)
         ]
-        await self._buffer.admit(0, rows)
+        await self.buffer.admit(0, rows)
 
     async def batch(self) -> int:
         """Tokens of the next batch, which is trained at once."""
@@ -79,8 +83,8 @@ class Through:
         if got is None:
             raise RuntimeError(f"no batch within {READ_S:.0f} s")
         batch, rows = got
-        self._version += 1
-        await asyncio.to_thread(self._learner.commit, batch.batch_ids, self._version)
+        self.trained += 1
+        await asyncio.to_thread(self._learner.commit, batch.batch_ids, self.trained)
         return int(pc.sum(pc.list_value_length(rows["tokens"])).as_py())
 
     async def round(self, slots: int) -> tuple[float, float]:
@@ -98,14 +102,12 @@ class Through:
 
 
 @asynccontextmanager
-async def through(
-    engine: Engine, rollouts: int, tokens: int, concurrency: int, bound: int
-) -> AsyncIterator[Through]:
+async def through(engine: Engine, rollouts: int, tokens: int, concurrency: int) -> AsyncIterator[Through]:
     """A buffer process, a reward worker and a dispatcher at work, ended at the end."""
     rewards = await asyncio.to_thread(RewardPool, RewardsConfig(terms=[RewardTerm(function="sums")]))
     with tempfile.TemporaryDirectory() as folder:
         prompts = rollouts // GROUP
-        shards = await asyncio.to_thread(Shards, Path(folder), BufferConfig(), prompts, bound)
+        shards = await asyncio.to_thread(Shards, Path(folder), BufferConfig(), prompts, NEVER_STALE)
         try:
             async with BufferClient(shards.address) as buffer:
                 dispatcher = Dispatcher(
@@ -152,7 +154,7 @@ async def raw_round(bench: Bench, slots: int, interval: int) -> tuple[float, flo
 async def compare(bench: Bench, slots: int, tokens: int, rounds: int) -> Row:
     chunk = FLUSH_TOKENS // 4
     found: dict[str, list[tuple[float, float]]] = {"raw": [], "raw_chunked": [], "asyncrl": []}
-    async with through(bench.engine, WAVES * slots, tokens, 0, bound=0) as ours:
+    async with through(bench.engine, WAVES * slots, tokens, 0) as ours:
         for turn in range(rounds + 1):
             measured = {
                 "raw": await raw_round(bench, slots, 1),
@@ -236,7 +238,7 @@ async def run_fake(arguments: argparse.Namespace) -> list[Row]:
         engine = FakeEngine(vocab_size=10, slots=slots, step_s=arguments.step_s, lengths=lengths, version=0)
         await engine.start()
         rollouts = max(1, slots // GROUP // 2) * GROUP
-        async with through(engine, rollouts, 4 * arguments.tokens, slots, bound=5) as ours:
+        async with through(engine, rollouts, 4 * arguments.tokens, slots) as ours:
             feeding = asyncio.create_task(feed(ours, rollouts // GROUP))
             await asyncio.sleep(arguments.seconds / 4)  # all slots are filled, and lengths have spread
             rows.append(await watch(ours, engine, arguments))
@@ -250,14 +252,13 @@ async def feed(ours: Through, prompts: int) -> None:
     """Admits as much as there is room for and trains what comes at once; ends when it is cancelled."""
     at = 0
     while True:
-        room = sum(await ours._buffer.capacity(0.0))
-        while room >= prompts:
+        while at < (ours.trained + AHEAD) * prompts:
             rows = [
                 PromptRow(prompt_id=f"p{i}", tokens=[i % 10] * PROMPT_TOKENS, payload=PAYLOAD, position=i)
                 for i in range(at, at + prompts)
             ]
-            await ours._buffer.admit(0, rows)
-            at, room = at + prompts, room - prompts
+            await ours.buffer.admit(0, rows)
+            at += prompts
         await ours.batch()
 
 
