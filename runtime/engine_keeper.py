@@ -84,6 +84,7 @@ class EngineKeeper:
         self._node = ""
         self._dispatch: asyncio.Task[None] | None = None
         self._retired = asyncio.Event()
+        self._condemned: asyncio.Future[str] | None = None
 
     @property
     def engine_id(self) -> str:
@@ -93,6 +94,11 @@ class EngineKeeper:
     @property
     def retired(self) -> bool:
         return self._retired.is_set()
+
+    def condemn(self, reason: str) -> None:
+        """Its present life is to end: it does not serve as it should, and may not know."""
+        if self._condemned is not None and not self._condemned.done():
+            self._condemned.set_result(reason)
 
     def retire(self) -> None:
         """It hands its rollouts back and ends."""
@@ -148,8 +154,11 @@ class EngineKeeper:
         """Ends with the life, or when it was retired and has handed everything back."""
         living = asyncio.create_task(self._serve(actor), name=f"life of {self.engine_id}")
         retired = asyncio.create_task(self._retired.wait())
+        condemned = self._condemned = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait({living, retired}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({living, retired, condemned}, return_when=asyncio.FIRST_COMPLETED)
+            if not living.done() and condemned.done():
+                return self._run.watch.failed(self.engine_id, condemned.result())
             if not living.done():
                 self._be("draining", "")
                 await self.hand_back()
@@ -192,7 +201,7 @@ class EngineKeeper:
     async def _receive(self, actor: Any) -> None:
         watch = self._run.watch
         await watch.outcome(self.engine_id, actor.receive.remote())
-        raise PartFailed(watch.report(self.engine_id, "it ended taking weights by itself"))
+        raise watch.failed(self.engine_id, "it stopped taking weights by itself")
 
     async def _work(self, actor: Any) -> None:
         """Waits until engines are to work, dispatches until told to stop, and again. Ends retired, or with its error."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.recipes import Recipe
@@ -138,6 +138,12 @@ class Fleet:
     async def drain(self, name: str) -> None:
         self.pools[name].drained = True
         await self.apply_slots()
+
+    def condemn(self, out_of_service: Mapping[str, str]) -> None:
+        """Engine ids that a version was settled without, and why. One that hangs does not hear of it: its life ends here."""
+        for keeper in self.keepers():
+            if keeper.engine_id in out_of_service:
+                keeper.condemn(out_of_service[keeper.engine_id])
 
     async def apply_slots(self) -> None:
         """Tells each engine its slots where they are others than it has."""

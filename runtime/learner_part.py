@@ -87,12 +87,10 @@ class LearnerPart:
         self._publisher = Publisher(self._recipe.weight_sync, self._run_id, self._plan, self._host)
         return self._publisher.endpoint
 
-    def meet(self, engine_ids: list[str], buffer: BufferAddress, timeout_s: float) -> None:
-        """Waits for the engines to join, connects to the buffer. Engines that join later are welcomed from now on, as soon
-        as there is a version to give them."""
+    def meet(self, buffer: BufferAddress) -> None:
+        """Connects to the buffer. Engines that join are welcomed from now on, as soon as there is a version to give them."""
         if self._publisher is None:
             raise RuntimeError("meet is for rank 0, after start")
-        self._publisher.wait_for_engines(frozenset(engine_ids), timeout_s)
         self._buffer = BlockingBufferClient(buffer)
         self._welcomer = Welcomer(self._publisher)
 

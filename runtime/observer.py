@@ -50,6 +50,8 @@ class Observer:
         self.stale_rollouts = 0
         """Since launch: as good as masked (by their tokens), or dropped, for staleness."""
         self._stale_dropped = 0
+        self.step_s = 0.0
+        """The learner's last step, from the wait for its batch to the last engine's confirmation."""
         self._moved = time.monotonic()
 
     @contextmanager
@@ -91,6 +93,7 @@ class Observer:
 
     def stepped(self, step: int, outcome: StepOutcome, waited_s: float) -> None:
         self._step, self._version = step, outcome.sync.version
+        self.step_s = waited_s + outcome.train_s + outcome.publish_s
         self._learner_tokens_per_s = outcome.metrics.tokens_per_s
         self._moved = time.monotonic()
         fact = step_facts(step, outcome, waited_s, self.seconds, self._recipe.prompts.prompts_per_step)

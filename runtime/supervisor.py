@@ -121,7 +121,7 @@ class Supervisor:
             ]
             endpoint = (await asyncio.gather(*ranks))[0]
             first = self._learners[0]
-            await self.watch.call("learner-0", first.meet.remote([], address, _CALL_S), _CALL_S)
+            await self.watch.call("learner-0", first.meet.remote(address), _CALL_S)
             await self._on_every_rank("publish", 0)
             fleet.endpoint.set_result(endpoint)
         with self.observer.phase(facts.FIRST_SYNC):
@@ -146,7 +146,7 @@ class Supervisor:
             tuning = self.watch.add("tuner", Tuner(fleet, self.observer).run())
             try:
                 for step in range(1, self.recipe.run.steps + 1):
-                    if not await self._step(step, client):
+                    if not await self._step(step, client, fleet):
                         break
             finally:
                 self._training = False
@@ -155,7 +155,7 @@ class Supervisor:
                 tuning.cancel()
                 await asyncio.gather(tuning, return_exceptions=True)
 
-    async def _step(self, step: int, client: BufferClient) -> bool:
+    async def _step(self, step: int, client: BufferClient, fleet: Fleet) -> bool:
         """False where the run is drained and no batch can come any more."""
         began = time.monotonic()
         self.observer.learner_state = "waiting for rollouts"
@@ -177,6 +177,8 @@ class Supervisor:
         self.observer.learner_state = "training"
         outcome: StepOutcome = await self._on_every_rank("train")
         self.observer.stepped(step, outcome, waited_s)
+        for report in (outcome.sync, *outcome.welcomes):
+            fleet.condemn(report.out_of_service)
         return True
 
     async def _is_drained(self, client: BufferClient) -> bool:

@@ -20,6 +20,9 @@ from asyncrl.runtime.observer import Observer
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+_SETTLE_S = 20.0
+_SETTLE_STEPS = 3
+"""The learner waits once in each of its steps: a few of them show how much."""
 
 
 class Tuner:
@@ -68,7 +71,8 @@ class Tuner:
         life = keeper.engine_id
         controller = self._controllers.get(life)
         if controller is None:
-            controller = self._controllers[life] = Controller(pool.config.max_concurrency)
+            settle_s = max(_SETTLE_S, _SETTLE_STEPS * self._observer.step_s)
+            controller = self._controllers[life] = Controller(pool.config.max_concurrency, settle_s)
         preempted, self._preemptions[life] = self._preemptions.get(life, 0), engine.preemptions
         decision = controller.decide(
             Facts(

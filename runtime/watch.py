@@ -97,6 +97,12 @@ class Watch:
                     f"{part} ended by itself before the run was over; see {self.folder.log(part)}"
                 )
 
+    def failed(self, part: str, why: str) -> PartFailed:
+        """For a part that is found to be of no use while its calls go on."""
+        failed = PartFailed(self.report(part, why))
+        failed.short = next(iter(why.strip().splitlines()), "")
+        return failed
+
     def report(self, part: str, error: str) -> str:
         """The part's own traceback is within Ray's error text; the log's tail shows what its children said."""
         log = tail(self.folder.log(part.removesuffix(" dispatcher")))

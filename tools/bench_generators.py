@@ -77,24 +77,28 @@ class Through:
         ]
         await self.buffer.admit(0, rows)
 
-    async def batch(self) -> int:
-        """Tokens of the next batch, which is trained at once."""
+    async def read(self) -> tuple[list[int], int]:
+        """The next batch: its ids, and its tokens."""
         got = await asyncio.to_thread(self._learner.read_batch, READ_S)
         if got is None:
             raise RuntimeError(f"no batch within {READ_S:.0f} s")
         batch, rows = got
+        return batch.batch_ids, int(pc.sum(pc.list_value_length(rows["tokens"])).as_py())
+
+    async def commit(self, batch_ids: list[int]) -> None:
+        """As if it had been trained."""
         self.trained += 1
-        await asyncio.to_thread(self._learner.commit, batch.batch_ids, self.trained)
-        return int(pc.sum(pc.list_value_length(rows["tokens"])).as_py())
+        await asyncio.to_thread(self._learner.commit, batch_ids, self.trained)
 
     async def round(self, slots: int) -> tuple[float, float]:
         """(tokens per second, CPU microseconds of this process per token) of one batch, from the first lease on."""
         await self.admit()
         began, used = time.perf_counter(), time.process_time()
         await self.dispatcher.set_concurrency(slots)
-        tokens = await self.batch()
+        batch_ids, tokens = await self.read()
         took, used = time.perf_counter() - began, time.process_time() - used
         await self.dispatcher.set_concurrency(0)
+        await self.commit(batch_ids)
         return tokens / took, 1e6 * used / tokens
 
     def close(self) -> None:
@@ -259,7 +263,8 @@ async def feed(ours: Through, prompts: int) -> None:
             ]
             await ours.buffer.admit(0, rows)
             at += prompts
-        await ours.batch()
+        batch_ids, _ = await ours.read()
+        await ours.commit(batch_ids)
 
 
 async def watch(ours: Through, engine: FakeEngine, arguments: argparse.Namespace) -> Row:

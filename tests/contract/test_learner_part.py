@@ -26,7 +26,7 @@ SCRIPT = textwrap.dedent(
     part = LearnerPart(recipe, str(folder), 0, f"127.0.0.1:{free_port('127.0.0.1')}", f"test-{os.getpid()}", "127.0.0.1")
     engines = Engines(part.start())
     with buffer_service(folder) as (buffer, _):
-        part.meet([], buffer.address, 5.0)
+        part.meet(buffer.address)
         seen = [sorted(part.publish(0).engines)]
         began = time.monotonic()
         engines.start("late")

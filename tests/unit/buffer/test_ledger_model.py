@@ -531,7 +531,7 @@ class LedgerMachine(RuleBasedStateMachine):
             got += self.ledger.lease(
                 "a", 1000, self.now, next_batch_only=True, kv_free_tokens=0, request=self.requests
             )
-            self.now += 2.0
+            self.now += 2.1
         assert not self.wanted(memory_is_short=True)
         return got
 

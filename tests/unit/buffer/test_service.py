@@ -491,7 +491,7 @@ def test_a_rollout_cannot_finish_without_a_token(world):
     async def ask(client):
         await admit_all(client, 100)
         lease = await lease_one(client)
-        with pytest.raises(BadRequest, match="finished without a token"):
+        with pytest.raises(BadRequest, match="finished without a sampled token"):
             await client.append("e", [part(lease.rollout_id, lease.lease_id, 0, 0, finish_reason="stop")])
         # With a token before it an empty last segment is right, and right again when it comes twice.
         await client.append("e", [part(lease.rollout_id, lease.lease_id, 0, TOKENS)])

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import uuid
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.generators.engine import Engine, EngineDead, GenerationRequest
+from asyncrl.generators.fake_batch import Batch, Stream
 from asyncrl.generators.fake_engine import FakeEngine, Fault, InjectedFault
 from asyncrl.generators.fake_speech import Lengths, Speech, probe_logprobs, weights_digest
 
@@ -333,6 +335,56 @@ def test_weights_change_between_two_steps_and_streams_go_on():
         return [speech.speak() for _ in range(60)]
 
     on_engine(scenario, version=-1, step_s=0.005, lengths=Lengths(median_tokens=60))
+
+
+def test_a_small_cache_preempts_the_newest_and_changes_no_token():
+    async def scenario(engine):
+        tasks = [asyncio.create_task(collect(engine, ask([600 + i] * 10))) for i in range(4)]
+        least_free, most_waiting, most_used = 100, 0, 0.0
+        while not all(task.done() for task in tasks):
+            stats = engine.stats()
+            assert stats.kv_capacity_tokens == 100 and stats.kv_free_tokens >= 0
+            least_free, most_waiting = min(least_free, stats.kv_free_tokens), max(most_waiting, stats.waiting)
+            most_used = max(most_used, stats.kv_used_fraction)
+            await asyncio.sleep(0)
+        for i, task in enumerate(tasks):
+            assert (await task)[0] == [token for token, _ in spoken([600 + i] * 10)]
+        stats = engine.stats()
+        assert stats.preemptions >= 2 and most_waiting >= 2 and least_free < 5 and most_used > 0.95
+        assert stats.running == stats.waiting == 0 and stats.kv_free_tokens == 100
+
+    def spoken(prompt: list[int]) -> list[tuple[int, float]]:
+        speech = Speech(0, 500, Lengths(median_tokens=40), (STOP,), prompt)
+        return [speech.speak() for _ in range(40)]
+
+    on_engine(scenario, kv_capacity_tokens=100, lengths=Lengths(median_tokens=40))
+
+
+def test_the_oldest_keeps_its_cache_and_one_alone_always_runs():
+    batch = Batch(slots=3, kv_capacity_tokens=20)
+    streams = [Stream(ask([1] * size, name), None) for name, size in (("a", 8), ("b", 8), ("c", 30))]
+    for stream in streams:
+        batch.add(stream)
+    batch.schedule(version=4, tokens_each=1)
+    assert list(batch.running) == ["a", "b"] and batch.waiting == 1 and streams[0].kv_version == 4
+    streams[0].context = streams[1].context = 10
+    batch.schedule(version=5, tokens_each=1)
+    assert list(batch.running) == ["a"] and batch.preemptions == 1
+    batch.remove("a")
+    batch.schedule(version=5, tokens_each=1)
+    assert list(batch.running) == ["b"] and streams[1].kv_version == 5
+    batch.remove("b")
+    batch.schedule(version=6, tokens_each=1)
+    assert list(batch.running) == ["c"], "too long for the cache, and alone"
+
+
+def test_chunks_are_as_long_as_was_asked_for():
+    async def scenario(engine):
+        request = msgspec.structs.replace(ask([600], limit=21), chunk_tokens=5)
+        sizes = [len(chunk.tokens) async for chunk in engine.generate(request)]
+        assert sizes == [5, 5, 5, 5, 1]
+
+    on_engine(scenario, step_s=0.001, lengths=Lengths(median_tokens=50))
 
 
 def test_it_is_light():

@@ -34,6 +34,12 @@ def test_weights_never_come_from_the_folder() -> None:
         assert vllm_settings.arguments(pool(device=device), "m", 64, 1)["load_format"] == "dummy"
 
 
+def test_the_prefix_cache_is_as_the_recipe_says() -> None:
+    assert vllm_settings.arguments(pool(), "m", 64, 1)["enable_prefix_caching"] is True
+    off = vllm_settings.arguments(pool(), "m", 64, 1, prefix_cache=False)
+    assert off["enable_prefix_caching"] is False
+
+
 def test_cores() -> None:
     assert vllm_settings.cores(pool(device="cpu", cores=2), None) is None
     assert vllm_settings.cores(pool(device="cpu", cores=2, tensor_parallel=2), 4) == {4, 5, 6, 7}

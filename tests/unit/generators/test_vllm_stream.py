@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.generators.vllm_stream import Stream, VersionMismatch, versions_of
+from asyncrl.generators.vllm_stream import CoreStats, Stream, VersionMismatch, versions_of
 
 VERSIONS = st.lists(st.integers(0, 3), max_size=40).map(sorted)
 
@@ -81,3 +81,42 @@ def test_disagreement_with_the_final_account_raises() -> None:
 def test_an_end_that_nobody_asked_for_raises() -> None:
     with pytest.raises(RuntimeError, match="'error'"):
         Stream("r", None).chunk(output([], "error", []))
+
+
+class Flat:
+    """As vLLM's `FlatLogprobs` with one logprob a position: a slice is one again."""
+
+    def __init__(self, logprobs: list[float]) -> None:
+        self.logprobs = logprobs
+
+    def __getitem__(self, part: slice) -> Flat:
+        return Flat(self.logprobs[part])
+
+
+@given(VERSIONS, st.data())
+def test_the_rest_is_what_arrived_and_was_not_streamed(versions: list[int], data: st.DataObject) -> None:
+    tokens = list(range(len(versions)))
+    logprobs = Flat([-float(token) for token in tokens])
+    state = SimpleNamespace(
+        weight_version_starts=spans_of(versions),
+        detokenizer=SimpleNamespace(output_token_ids=tokens),
+        logprobs_processor=SimpleNamespace(logprobs=logprobs),
+    )
+    stream = Stream("r", state)
+    done = data.draw(st.integers(0, len(versions)))
+    if done:
+        stream.chunk(output(tokens[:done]))
+    rest = stream.rest()
+    assert rest.tokens == tokens[done:] and rest.versions == versions[done:] and rest.finish_reason is None
+    assert rest.logprobs == [-float(token) for token in tokens[done:]]
+    assert stream.rest().tokens == Stream("r", None).rest().tokens == []
+
+
+def test_core_stats_are_those_of_the_last_step_and_preemptions_add_up() -> None:
+    stats = CoreStats()
+    stats.record(SimpleNamespace(kv_cache_usage=0.25, num_waiting_reqs=2, num_skipped_waiting_reqs=1), None)
+    stats.record(None, None)
+    assert (stats.kv_used_fraction, stats.waiting) == (0.25, 3)
+    for events in (None, [], [SimpleNamespace(type=2), SimpleNamespace(type=3)], [SimpleNamespace(type=3)]):
+        stats.count_preemptions(None, SimpleNamespace(events=events), 0.0, None)
+    assert stats.preemptions == 2

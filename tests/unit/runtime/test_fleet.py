@@ -248,6 +248,22 @@ def test_what_cannot_start_ends_the_run_before_it_has_begun(run):
     run(test)
 
 
+def test_an_engine_that_a_version_was_settled_without_is_replaced(run):
+    """It hangs: it would neither die nor serve."""
+
+    async def test(world):
+        await world.begin()
+        await world.until(lambda: world.works("p-0", "p-1"))
+        world.fleet.condemn({"p-1": "no answer within 3.0 s (applying)", "p-7": "nobody knows it"})
+        await world.until(lambda: world.works("p-0", "p-1.2"))
+        assert world.ended == ["p-1"] and "no answer within 3.0 s" in world.notes[0]
+        world.fleet.condemn({"p-1": "it comes again"})  # of the life that is over
+        await asyncio.sleep(0.05)
+        assert world.ended == ["p-1"]
+
+    run(test)
+
+
 def test_a_death_before_the_beginning_is_no_failure(run):
     async def test(world):
         world.start_errors = [ActorDiedError()]
