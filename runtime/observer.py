@@ -136,7 +136,9 @@ class Observer:
         self._view.update(fact)
 
     def check_progress(self, timeout_s: float) -> None:
-        """Raises RunStalled with who waits for whom when nothing has moved for `timeout_s`."""
+        """Raises RunStalled with who waits for whom when nothing has moved for `timeout_s`; a paused run need not."""
+        if self.state == "paused":
+            self._moved = time.monotonic()
         still_s = time.monotonic() - self._moved
         if still_s <= timeout_s:
             return

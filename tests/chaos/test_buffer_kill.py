@@ -232,7 +232,7 @@ def check(world, status, counts):
     assert counts.holds and counts.trained == sum(world.trained.values()) == sum(world.batches)
     assert set(world.trained.values()) <= {1}
     assert status.version == world.version == len(world.batches)
-    assert sum(world.acknowledged.values()) > 1000 and len(world.batches) > 3
+    assert sum(world.acknowledged.values()) > 1000 and len(world.batches) >= 2
     if world.buffer.config.keep_log == "all":
         check_log(world, counts)
 
@@ -245,16 +245,21 @@ def check_log(world, counts):
         assert row["tokens_count"] >= count
         assert row["tokens"] == tokens_of(rollout_id, row["tokens_count"]).tolist()
         assert row["logprobs"] == logprobs_of(rollout_id, row["tokens_count"]).tolist()
+    # While the answer to a commit is lost the engines go on at the version before it: one that ends a whole group then may
+    # miss the bound by one, and only such groups are dropped.
+    gone = {r for r, row in logged.items() if row["state"] == "DROPPED"}
+    assert counts.dropped == ({"over_stale": len(gone)} if gone else {}) and len(gone) < len(logged) / 10
     # What was finished is whole: trained, or still there with all of its tokens.
     for rollout_id in world.finished | world.scored:
         row = logged[rollout_id]
         assert row["tokens_count"] == world.length_of(rollout_id)
-        assert rollout_id in world.trained or row["state"] in ("COMPLETE", "SCORED", "BATCHED", "QUEUED"), row
-    for rollout_id in world.scored - set(world.trained):
+        kept = ("COMPLETE", "SCORED", "BATCHED", "QUEUED")
+        assert rollout_id in gone or rollout_id in world.trained or row["state"] in kept, row
+    for rollout_id in world.scored - set(world.trained) - gone:
         assert logged[rollout_id]["state"] in ("SCORED", "BATCHED")
     assert {r for r, row in logged.items() if row["state"] == "TRAINED"} == set(world.trained)
-    assert counts.admitted == len(logged) and not counts.dropped and not counts.failed
-    assert counts.live == len(logged) - len(world.trained)
+    assert counts.admitted == len(logged) and not counts.failed
+    assert counts.live == len(logged) - len(world.trained) - len(gone)
 
 
 @pytest.mark.timeout(240)

@@ -208,3 +208,26 @@ def test_a_cache_too_small_shows_in_the_counts_and_in_nothing_else(vllm: VLLMWor
     assert vllm.engine.stats().preemptions > before.preemptions
     assert most_waiting > 0 and least_free < before.kv_capacity_tokens // 10
     assert vllm.engine.stats().kv_free_tokens == before.kv_capacity_tokens
+
+
+def test_auto_decides_by_request() -> None:
+    """Of two running requests the one with a short prefix and much to come is recomputed, and the other is not."""
+    world = FakeWorld(in_flight="auto")
+    try:
+        world.run(world.publish("random"))
+        world.run(world.answer(world.request(n=100)))  # the mean length is known then
+
+        async def two() -> None:
+            young = world.request(tokens=[1, 2, 3], n=500)
+            ending = world.request(tokens=[4] * 4000, n=60)
+            tasks = [asyncio.create_task(world.answer(request)) for request in (young, ending)]
+            while world.engine.stats().generated_tokens < 100 + 2 * 10:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            await world.publish("other")
+            stats = world.engine.stats()
+            assert (stats.running, stats.recomputed, stats.stale_kv) == (2, 1, 1)
+            assert [len((await task).tokens) for task in tasks] == [500, 60]
+
+        world.run(two())
+    finally:
+        world.close()

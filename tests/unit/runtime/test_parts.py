@@ -101,6 +101,18 @@ def test_a_run_in_which_nothing_moves_is_ended_with_its_reasons():
         observer.check_progress(-1.0)
 
 
+def test_a_paused_run_may_stand_still_and_has_its_time_again_afterwards():
+    observer = Observer(load_recipe(ROOT / "recipes" / "quickstart.toml"), None, None, time.monotonic())
+    observer.state = "paused"
+    time.sleep(0.05)
+    observer.check_progress(0.04)
+    observer.state = "running"
+    observer.check_progress(0.04)
+    time.sleep(0.05)
+    with pytest.raises(RunStalled):
+        observer.check_progress(0.04)
+
+
 GUARDED = """
 import os, subprocess, sys, time
 from asyncrl.runtime.processes import adopt_orphans, end_processes
