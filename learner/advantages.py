@@ -35,7 +35,7 @@ def group_relative(rewards: torch.Tensor, group: torch.Tensor, *, normalise_std:
 def leave_one_out(rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """A_i = r_i - mean(r of the others of i's group) = n / (n - 1) (r_i - mean(r of i's group)).
 
-    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, section 3.4. A group of one has no others: its advantage is 0 (others take
+    RLOO, Ahmadian et al. 2024, arXiv:2402.14740. A group of one has no others: its advantage is 0 (others take
     the raw reward there).
 
     Args: rewards [rows], group [rows] int64, dense from 0. Returns: [rows].
@@ -45,12 +45,12 @@ def leave_one_out(rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 
 
 def above_greedy(rewards: torch.Tensor, greedy: torch.Tensor) -> torch.Tensor:
-    """A_i = r_i - r(greedy answer to i's prompt): ReMax, Li et al. 2023, arXiv:2310.10505, equation 5. All [rows]."""
+    """A_i = r_i - r(greedy answer to i's prompt): ReMax, Li et al. 2023, arXiv:2310.10505. All [rows]."""
     return rewards - greedy
 
 
 def discounted_returns(rewards: torch.Tensor, row: torch.Tensor, discount: float) -> torch.Tensor:
-    """G_t = r_t + discount G_(t+1) within a rollout: the returns of REINFORCE++, Hu 2025, arXiv:2501.03262, section 3.
+    """G_t = r_t + discount G_(t+1) within a rollout: the returns of REINFORCE++, Hu 2025, arXiv:2501.03262.
 
     The tokens are the sampled ones, as they are what the policy does: what an environment said in between takes no time.
 
@@ -61,7 +61,7 @@ def discounted_returns(rewards: torch.Tensor, row: torch.Tensor, discount: float
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(x - mean) / sqrt(var + 1e-8) over the tokens of `mask`, var with n - 1: the batch normalisation of REINFORCE++
-    (arXiv:2501.03262, section 3) and of PPO's advantages. 0 outside the mask.
+    (arXiv:2501.03262) and of PPO's advantages. 0 outside the mask.
 
     Without a second token there is no variance, and the values are only centred.
 

@@ -16,7 +16,7 @@ def token_weights(
 ) -> torch.Tensor:
     """With n_i trainable tokens in rollout i, and R rollouts that have one:
 
-        token_mean      1 / sum(n_i)               DAPO, Yu et al. 2025, arXiv:2503.14476, equation 8
+        token_mean      1 / sum(n_i)               DAPO, Yu et al. 2025, arXiv:2503.14476, equation 12
         sequence_sum    1 / R                      sequence mean of token sums: a rollout is one action
         sequence_mean   1 / (R n_i)                sequence mean of token means: GRPO, arXiv:2402.03300, equation 3
         fixed_divisor   1 / (R divisor_tokens)     Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, appendix on the implementation

@@ -46,7 +46,7 @@ def interpolated(current: torch.Tensor, behaviour: torch.Tensor, age: torch.Tens
     """log pi_proximal = log pi_behaviour + a (log pi_current - log pi_behaviour), a = (age - 1) / age; a = 0 at ages below 2.
 
     Stands for the policy one version before the learner's, on the straight line (in log space) from the one that sampled:
-    A-3PO, arXiv:2512.06547, section 3. For a fresh token (age 0) it is the behaviour policy, which is the learner's at batch
+    A-3PO, arXiv:2512.06547. For a fresh token (age 0) it is the behaviour policy, which is the learner's at batch
     start, so the clip acts as in PPO.
 
     Args: [tokens] each; `age`: version at hand-over - version of the token. Returns: [tokens], a constant.

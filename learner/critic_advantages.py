@@ -31,7 +31,7 @@ def gae(
 
 
 def length_adaptive_lambda(lengths: torch.Tensor, length_factor: float) -> torch.Tensor:
-    """lambda = 1 - 1 / (length_factor x tokens): VAPO, Yue et al. 2025, arXiv:2504.05118, equation 7.
+    """lambda = 1 - 1 / (length_factor x tokens): VAPO, Yue et al. 2025, arXiv:2504.05118, section 4.2.
 
     Weights of the TD errors then add up to about length_factor x tokens. Below 1 / length_factor tokens the formula is negative;
     there lambda is 0, one step ahead.
@@ -59,7 +59,7 @@ def value_losses(
 
 def imitation_loss(current: torch.Tensor, right: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """-mean(log pi) over the trainable tokens of the rollouts that were right: VAPO's positive-example language modelling loss,
-    arXiv:2504.05118, equation 12. 0 without such a token.
+    arXiv:2504.05118, section 4.3. 0 without such a token.
 
     Args: current [tokens]; right [tokens] bool: the token's rollout was right; mask [tokens] bool.
     """

@@ -51,7 +51,7 @@ def overlong_penalty(
 def constrained_advantages(
     reward_advantages: torch.Tensor, cost_advantages: torch.Tensor, multiplier: float
 ) -> torch.Tensor:
-    """(A_reward - multiplier A_cost) / (1 + multiplier): Safe RLHF, Dai et al. 2023, arXiv:2310.12773, appendix B.
+    """(A_reward - multiplier A_cost) / (1 + multiplier): Safe RLHF, Dai et al. 2023, arXiv:2310.12773.
 
     The division keeps the size of the gradient, whatever the multiplier has grown to. [rows] or [tokens] each.
     """
@@ -63,7 +63,7 @@ def next_multiplier(
 ) -> float:
     """ln lambda' = ln lambda + rate lambda (mean_cost - limit), at most `max_multiplier`.
 
-    Gradient ascent on the multiplier's logarithm, which keeps it above 0: arXiv:2310.12773, appendix B.
+    Gradient ascent on the multiplier's logarithm, which keeps it above 0: arXiv:2310.12773.
 
     Raises ValueError if the mean cost is not finite: the multiplier would never come back.
     """

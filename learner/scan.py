@@ -27,7 +27,7 @@ def discounted_sums(values: torch.Tensor, factor: float | torch.Tensor, row: tor
     while step < len(sums) and bool(
         reach.any()
     ):  # ends: a row's last token reaches nothing, and reach is multiplied on
-        sums[:-step] += reach[:-step] * sums[step:].clone()
+        sums[:-step] += reach[:-step] * sums[step:]
         ahead = torch.zeros_like(reach)
         ahead[:-step] = reach[step:]
         reach = reach * ahead

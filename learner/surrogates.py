@@ -23,7 +23,7 @@ def clipped_surrogate(
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(log_ratio), for A < 0 at most -dual_clip A.
 
     PPO, Schulman et al. 2017, arXiv:1707.06347, equation 7; two bounds as in DAPO, Yu et al. 2025, arXiv:2503.14476, equation 10;
-    the dual clip is of Ye et al. 2020, arXiv:1912.09729, equation 5. At r = 1 the gradient is REINFORCE's, -A grad log pi.
+    the dual clip is of Ye et al. 2020, arXiv:1912.09729. At r = 1 the gradient is REINFORCE's, -A grad log pi.
 
     Args: all [tokens]; the gradient flows through `log_ratio`. Returns: [tokens].
     """
@@ -62,7 +62,7 @@ def sequence_log_ratio(
     """GSPO's ratio of a rollout, s = exp(mean over its tokens of log(pi_current / pi_proximal)), for each of its tokens.
 
     The value is log s; the gradient is that of the token's own log pi, which in the sequence mean of token means adds up to
-    that of s: Zheng et al. 2025, arXiv:2507.18071, equations 5 and 7 and GSPO-token, equation 14. The mean is over the mask.
+    that of s: Zheng et al. 2025, arXiv:2507.18071, equations 5 and 7, in its GSPO-token form. The mean is over the mask.
 
     Args: [tokens] each; the rollouts are whole. Returns: [tokens].
     """
