@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -45,6 +45,18 @@ def extend_spans(spans: Spans, version: int, tokens: int) -> None:
         spans[-1] = (version, spans[-1][1] + tokens)
     else:
         spans.append((version, tokens))
+
+
+_MOST_REASONS = 64
+"""Reasons may name prompts: past so many, failures are counted by the part of their reason before the first colon."""
+
+
+def _counted_as(failed: Mapping[str, int], reason: str) -> str:
+    """The log keeps every reason as it is."""
+    if reason in failed or len(failed) < _MOST_REASONS:
+        return reason
+    kind = reason.partition(":")[0]
+    return kind if kind in failed or len(failed) < 2 * _MOST_REASONS else "other reasons"
 
 
 class Book:
@@ -208,7 +220,7 @@ class Book:
             self.dropped[reason] += 1
             self.dropped_lengths[rollout.length] += 1
         else:
-            self.failed[reason] += 1
+            self.failed[_counted_as(self.failed, reason)] += 1
         self.note(rollout, reason)
         del self.rollouts[rollout.rollout_id], group.rollouts[rollout.rollout_id]
         rollout.lease_id = 0

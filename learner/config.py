@@ -1,10 +1,12 @@
-"""Settings of the learner, its objective, and the supervised warm start."""
+"""Settings of the learner and of the supervised warm start. Objectives have a file of their own, `objective_config`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 import msgspec
+
+from asyncrl.learner.objective_config import GRPO, Objective
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -15,24 +17,10 @@ HEAD_SIZES = (32, 64, 128)
 """Head sizes that every attention kernel of vLLM, on CPU and CUDA, has."""
 
 
-class GRPO(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="grpo", tag_field="type"
-):
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) with an asymmetric clip
-    (DAPO, arXiv:2503.14476) and truncated importance sampling against the behaviour policy."""
-
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.28
-    importance_cap: PositiveFloat = 2.0
-    """Cap of pi_proximal / pi_behaviour, per token."""
-    normalise_std: bool = True
-    """Divide the centred rewards of a group by their standard deviation."""
-
-
 class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[learner]`: the FSDP2 learner."""
 
-    objective: GRPO = msgspec.field(default_factory=GRPO)
+    objective: Objective = msgspec.field(default_factory=GRPO)
     ranks: Positive = 1
     device: Literal["cpu", "cuda"] = "cuda"
     cores: Positive = 1

@@ -21,7 +21,13 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """y = h . W[target] / T - logsumexp(h W^T / T);  dy/dlogits = (onehot(target) - softmax) / T."""
+    """With z = h W^T / T and p = softmax(z):
+
+        y = z[target] - logsumexp(z)     dy/dz = onehot(target) - p
+        H = -sum(p log p)                dH/dz = -p (log p + H)
+
+    H is [0] where it is not asked for.
+    """
 
     @staticmethod
     def forward(
@@ -31,33 +37,41 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         rows: int,
-    ) -> torch.Tensor:
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty_like(out)
+        entropy = torch.empty(len(targets) if with_entropy else 0, device=hidden.device)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, temperature)
             normaliser[part] = torch.logsumexp(logits, dim=-1)
             out[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normaliser[part]
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.temperature, ctx.rows = temperature, rows
-        return out
+            if with_entropy:
+                log_p = logits.sub_(normaliser[part, None])
+                entropy[part] = -(log_p.exp() * log_p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, normaliser, entropy)
+        ctx.temperature, ctx.rows, ctx.with_entropy = temperature, rows, with_entropy
+        return out, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad = grads[0]
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad, entropy_grad = grads
+        hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
             scale = grad[part, None] / ctx.temperature
-            slope = _logits(hidden[part], weight, ctx.temperature).sub_(normaliser[part, None]).exp_()
-            slope.mul_(-scale).scatter_add_(-1, targets[part, None], scale)
+            log_p = _logits(hidden[part], weight, ctx.temperature).sub_(normaliser[part, None])
+            pull = scale
+            if ctx.with_entropy:
+                pull = scale + entropy_grad[part, None] / ctx.temperature * (log_p + entropy[part, None])
+            slope = log_p.exp_().mul_(-pull).scatter_add_(-1, targets[part, None], scale)
             slope = slope.to(hidden.dtype)
             torch.mm(slope, weight, out=grad_hidden[part])
             grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -82,10 +96,32 @@ def token_logprobs(
     Returns:
         [tokens] float32, differentiable in `hidden` and `weight` (once).
     """
+    return _apply(hidden, weight, targets, temperature, rows, with_entropy=False)[0]
+
+
+def token_logprobs_and_entropies(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `token_logprobs`, and the entropy of each distribution in nats, differentiable too: [tokens] float32 each."""
+    return _apply(hidden, weight, targets, temperature, rows, with_entropy=True)
+
+
+def _apply(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    rows: int | None,
+    *,
+    with_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    out = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, temperature, rows or chunk_rows(len(weight))
+    logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, temperature, rows or chunk_rows(len(weight)), with_entropy
     )
-    assert isinstance(out, torch.Tensor)
-    return out
+    return logprobs, entropies

@@ -5,16 +5,18 @@ Every rank has the whole columns (see `batch`), so every rank computes the same 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 import numpy as np
 import torch
 
 from asyncrl.learner.batch import Batch
-from asyncrl.learner.config import GRPO
+from asyncrl.learner.columns import Columns
 from asyncrl.learner.mismatch import difference, sampled_by
-from asyncrl.learner.objective import clip_acts, importance_weights
+from asyncrl.learner.objective import clip_bites, correction_acts, correction_weights
+from asyncrl.learner.objective_config import Objective
+
+ROUNDING = 1e-8
+"""An advantage of at most that is 0: rewards that are all equal may differ from their mean in the last bit."""
 
 
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,10 +38,11 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     entropy: float
     """Estimate: -mean logprob of the trainable tokens under the learner at batch start."""
     clip_fraction: float
-    """Of trainable tokens, those whose gradient the clip cut off."""
+    """Of trainable tokens, those whose gradient the clip cut off (`cispo`: whose ratio in it the clip bounded)."""
     importance_mean: float
+    """Of the correction's weights; 1 with none."""
     importance_capped: float
-    """Fraction of trainable tokens whose importance weight is at the cap."""
+    """Fraction of trainable tokens whose importance weight is at the cap, or masked."""
     mismatch_tokens: float
     mismatch_max: float
     mismatch_mean: float
@@ -69,49 +72,33 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """tokens_total / step_s."""
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Per-token columns of one batch: [tokens] each, whole on every rank."""
-
-    behaviour: torch.Tensor
-    proximal: torch.Tensor
-    current: torch.Tensor
-    """At the token's own forward pass in training: for the first minibatch the same as `proximal`."""
-    advantages: torch.Tensor
-    trainable: torch.Tensor
-
-
-def learning_figures(
-    batch: Batch, columns: Columns, advantages: torch.Tensor, objective: GRPO
-) -> dict[str, float]:
-    """Rewards, advantages ([rows]), policy and clip."""
+def learning_figures(batch: Batch, columns: Columns, objective: Objective) -> dict[str, float]:
+    """Rewards, advantages, policy, correction and clip."""
     kept = columns.trainable
-    weights = importance_weights(columns.proximal, columns.behaviour, objective.importance_cap)[kept]
-    cut = clip_acts(
-        columns.current, columns.proximal, columns.advantages, objective.clip_low, objective.clip_high
-    )
+    advantages = columns.advantages[kept]
     signal = np.zeros(int(batch.group.max()) + 1, dtype=bool)
-    np.logical_or.at(signal, batch.group, advantages.cpu().numpy() != 0)
+    nonzero = columns.advantages.abs().cpu().numpy() > ROUNDING
+    np.logical_or.at(signal, batch.group[batch.sequences.row_of_token()], nonzero & batch.sampled)
     return {
         "reward_mean": float(batch.reward.mean()),
         "reward_std": float(batch.reward.std()),
-        "advantage_mean": _mean(columns.advantages[kept]),
-        "advantage_std": float(columns.advantages[kept].std(correction=0)) if kept.any() else float("nan"),
+        "advantage_mean": _mean(advantages),
+        "advantage_std": float(advantages.std(correction=0)) if len(advantages) else float("nan"),
         "groups_without_signal": float(1 - signal.mean()),
-        "entropy": -_mean(columns.proximal[kept]),
-        "clip_fraction": _mean(cut[kept]),
-        "importance_mean": _mean(weights),
-        "importance_capped": _mean(weights >= objective.importance_cap),
+        "entropy": -_mean(columns.proximal[kept & ~columns.proximal.isnan()]),
+        "clip_fraction": _mean(clip_bites(objective, columns)[kept]),
+        "importance_mean": _mean(correction_weights(objective, columns)[kept]),
+        "importance_capped": _mean(correction_acts(objective, columns)[kept]),
     }
 
 
 def mismatch_figures(batch: Batch, proximal: np.ndarray, version: int) -> dict[str, float]:
-    """`mismatch_*` and `drift_*`; see `mismatch`. The learner's logprobs are those at batch start."""
-    lengths = batch.sequences.answer_lengths
-    same = difference(
-        proximal, batch.behaviour, sampled_by(version, batch.versions, batch.trainable, lengths)
-    )
-    every = difference(proximal, batch.behaviour, batch.sampled)
+    """`mismatch_*` and `drift_*`; see `mismatch`. The learner's logprobs are those at batch start, NaN where none were computed:
+    such tokens are in no figure."""
+    lengths, known = batch.sequences.answer_lengths, ~np.isnan(proximal)
+    fresh = sampled_by(version, batch.versions, batch.trainable, lengths)
+    same = difference(proximal, batch.behaviour, fresh & known)
+    every = difference(proximal, batch.behaviour, batch.sampled & known)
     return {
         "mismatch_tokens": float(same.tokens),
         "mismatch_max": same.max_abs,

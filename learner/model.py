@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from asyncrl.learner.logprobs import token_logprobs
+from asyncrl.learner.logprobs import token_logprobs, token_logprobs_and_entropies
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -34,9 +34,14 @@ class Policy(nn.Module):
         self._parts = _Parts(lm)
 
     def forward(
-        self, input_ids: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, temperature: float
+        self,
+        input_ids: torch.Tensor,
+        predictors: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        with_entropy: bool = False,
     ) -> torch.Tensor:
-        """Logprobs of `targets`: [tokens] float32.
+        """Logprobs of `targets`: [tokens] float32; `with_entropy` [2, tokens], the entropies of their distributions below them.
 
         Args:
             input_ids: [rows, longest], padded on the right. Causal attention never looks right, so no mask is needed.
@@ -47,7 +52,10 @@ class Policy(nn.Module):
         out = self._parts.decoder(input_ids=input_ids, attention_mask=None, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, predictors)
-        return token_logprobs(hidden, self._parts.head.weight, targets, temperature)
+        weight = self._parts.head.weight
+        if with_entropy:
+            return torch.stack(token_logprobs_and_entropies(hidden, weight, targets, temperature))
+        return token_logprobs(hidden, weight, targets, temperature)
 
     def logprobs_no_grad(
         self, input_ids: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, temperature: float

@@ -1,57 +1,160 @@
-"""Objectives: plain functions on tensors, one value per token, and the aggregation that makes them one loss.
+"""What an objective's settings come to: advantages of a batch, and the loss of each token.
 
-Three logprobs of the same token, by name:
-    behaviour   of the engine that sampled it
-    proximal    of the learner at batch start: the centre of the trust region
-    current     of the learner now: the only one with a gradient
-Called by `step` for the gradient and again, without one, for the figures of the step.
+    rewards --overlong--> advantages (`advantages`)                                        whole batches, by `step`
+    logprobs --> weight (`corrections`) x surrogate (`surrogates`) - entropy bonus         forward passes, by `step`
+    sum(weights x losses) (`aggregation`)
+
+Called by `step` for the gradient and again, without one, for the figures of the step (`metrics`).
 """
 
 from __future__ import annotations
 
 import torch
 
+from asyncrl.learner.advantages import (
+    discounted_returns,
+    group_relative,
+    leave_one_out,
+    on_last_token,
+    whiten,
+)
+from asyncrl.learner.columns import Columns
+from asyncrl.learner.corrections import importance_ratio, interpolated, masked, truncated
+from asyncrl.learner.objective_config import (
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    PPO,
+    RLOO,
+    VAPO,
+    Correction,
+    Decoupled,
+    DrGRPO,
+    Masked,
+    NoCorrection,
+    Objective,
+    ReinforcePP,
+    ReinforcePPBaseline,
+    ReMax,
+)
+from asyncrl.learner.objective_needs import name_of
+from asyncrl.learner.penalties import overlong_penalty
+from asyncrl.learner.surrogates import (
+    clip_acts,
+    clipped_surrogate,
+    clipped_weight_surrogate,
+    log_ratio,
+    sequence_log_ratio,
+    weight_is_clipped,
+)
 
-def clipped_surrogate(
-    current: torch.Tensor, proximal: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+
+def shaped_rewards(objective: Objective, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Rewards with what the objective adds to them. Args: [rows] rewards, answer tokens. Returns: [rows] float64."""
+    overlong = objective.overlong
+    if overlong is None:
+        return rewards.double()
+    penalty = overlong_penalty(lengths, overlong.free_tokens, overlong.ramp_tokens, overlong.penalty)
+    return rewards.double() + penalty
+
+
+def token_advantages(
+    objective: Objective,
+    rewards: torch.Tensor,
+    group: torch.Tensor,
+    row: torch.Tensor,
+    sampled: torch.Tensor,
+    trainable: torch.Tensor,
 ) -> torch.Tensor:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi_current / pi_proximal.
+    """Advantage of each token of a whole batch, for objectives that need no part beside the policy.
 
-    PPO, Schulman et al. 2017, arXiv:1707.06347, equation 7; the two bounds are DAPO's, Yu et al. 2025, arXiv:2503.14476,
-    equation 10. No dual clip.
-
-    Args: all [tokens]; the gradient flows through `current` only.
-    Returns: [tokens] loss, to be minimised.
+    Args: rewards [rows] float64, group [rows] int64, row [tokens] int64, sampled and trainable [tokens] bool.
+    Returns: [tokens] float64; what the environment's tokens get has no meaning.
     """
-    ratio = (current - proximal.detach()).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    if isinstance(objective, ReinforcePP):
+        returns = torch.zeros(len(row), dtype=rewards.dtype)
+        own = row[sampled]
+        returns[sampled] = discounted_returns(on_last_token(rewards, own), own, objective.discount)
+        return whiten(returns, trainable)
+    if isinstance(objective, ReinforcePPBaseline):
+        return whiten(group_relative(rewards, group, normalise_std=False)[row], trainable)
+    if isinstance(objective, RLOO):
+        return leave_one_out(rewards, group)[row]
+    if isinstance(objective, PPO | VAPO | ReMax):
+        raise AssertionError(f"{name_of(objective)}: a learner without its parts does not start")
+    normalise = isinstance(objective, DAPO) or (not isinstance(objective, DrGRPO) and objective.normalise_std)
+    return group_relative(rewards, group, normalise_std=normalise)[row]
 
 
-def clip_acts(
-    current: torch.Tensor, proximal: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
-) -> torch.Tensor:
-    """[tokens] bool: where the clip has cut the gradient off (the ratio left the bounds in the advantage's direction)."""
-    ratio = (current - proximal).exp()
-    return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
+def token_losses(objective: Objective, columns: Columns) -> torch.Tensor:
+    """[tokens]: constant weight x surrogate - entropy bonus. The gradient flows through `current` and `entropy`."""
+    proximal = _proximal(objective.correction, columns)
+    losses = _weights(objective.correction, proximal, columns) * _surrogate(objective, proximal, columns)
+    return losses - objective.entropy_bonus * columns.entropy if objective.entropy_bonus else losses
 
 
-def importance_weights(proximal: torch.Tensor, behaviour: torch.Tensor, cap: float) -> torch.Tensor:
-    """w = min(pi_proximal / pi_behaviour, cap), a constant: [tokens].
-
-    Truncated importance sampling per token (Ionides 2008, doi:10.1198/106186008X320456), between engine and learner as in Yao
-    et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; with the clip around the proximal
-    policy it is decoupled PPO (Hilton et al. 2021, arXiv:2110.00641, equation 2; AReaL, arXiv:2505.24298, equation 5).
-    """
-    return (proximal - behaviour).detach().exp().clamp(max=cap)
+def correction_weights(objective: Objective, columns: Columns) -> torch.Tensor:
+    """[tokens]: what the surrogate is multiplied by; 0 where the token is not trainable."""
+    return _weights(objective.correction, _proximal(objective.correction, columns), columns)
 
 
-def token_mean(losses: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    """sum of the masked losses / `count`: DAPO's token-level loss (arXiv:2503.14476, equation 12).
+def correction_acts(objective: Objective, columns: Columns) -> torch.Tensor:
+    """[tokens] bool: where the weight is not the ratio itself: at the cap, or masked."""
+    correction = objective.correction
+    ratio = _ratio(correction, _proximal(correction, columns), columns)
+    if isinstance(correction, Masked):
+        return (ratio < correction.low) | (ratio > correction.high)
+    cap = None if isinstance(correction, NoCorrection) else correction.cap
+    return torch.zeros_like(columns.trainable) if cap is None else ratio >= cap
 
-    `count` is the number of trainable tokens of the whole minibatch, over all ranks and micro-batches, so that the sum of
-    the parts is the loss of the whole, however it was divided.
 
-    Args: losses [tokens], mask [tokens] bool.
-    """
-    return torch.where(mask, losses, 0.0).sum() / count
+def clip_bites(objective: Objective, columns: Columns) -> torch.Tensor:
+    """[tokens] bool: where the clip has cut the gradient off, or (CISPO) bounded the ratio in it."""
+    proximal = _proximal(objective.correction, columns)
+    ratio = _log_ratio(objective, proximal, columns)
+    if isinstance(objective, CISPO):
+        return weight_is_clipped(ratio, objective.clip_low, objective.clip_high)
+    return clip_acts(
+        ratio, columns.advantages, objective.clip_low, objective.clip_high, _dual_clip(objective)
+    )
+
+
+def _surrogate(objective: Objective, proximal: torch.Tensor, columns: Columns) -> torch.Tensor:
+    ratio, low, high = _log_ratio(objective, proximal, columns), objective.clip_low, objective.clip_high
+    if isinstance(objective, CISPO):
+        return clipped_weight_surrogate(ratio, columns.current, columns.advantages, low, high)
+    return clipped_surrogate(ratio, columns.advantages, low, high, _dual_clip(objective))
+
+
+def _log_ratio(objective: Objective, proximal: torch.Tensor, columns: Columns) -> torch.Tensor:
+    if isinstance(objective, GSPO):
+        return sequence_log_ratio(columns.current, proximal, columns.trainable, columns.row)
+    return log_ratio(columns.current, proximal)
+
+
+def _dual_clip(objective: Objective) -> float | None:
+    return objective.dual_clip if isinstance(objective, GRPO | PPO) else None
+
+
+def _proximal(correction: Correction, columns: Columns) -> torch.Tensor:
+    if isinstance(correction, Decoupled) and correction.proximal == "interpolated":
+        return interpolated(columns.current, columns.behaviour, columns.age)
+    return columns.proximal
+
+
+def _ratio(correction: Correction, proximal: torch.Tensor, columns: Columns) -> torch.Tensor:
+    if isinstance(correction, NoCorrection):
+        return torch.ones_like(proximal)
+    level = "token" if isinstance(correction, Decoupled) else correction.level
+    return importance_ratio(proximal, columns.behaviour, columns.trainable, columns.row, level)
+
+
+def _weights(correction: Correction, proximal: torch.Tensor, columns: Columns) -> torch.Tensor:
+    ratio = _ratio(correction, proximal, columns)
+    if isinstance(correction, Masked):
+        weights = masked(ratio, correction.low, correction.high)
+    else:
+        weights = truncated(ratio, None if isinstance(correction, NoCorrection) else correction.cap)
+    # An infinite weight of a token that is context only would make the gradient NaN: 0 x inf.
+    return torch.where(columns.trainable, weights, 0.0)

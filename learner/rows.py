@@ -39,6 +39,10 @@ class Rows:
         """[tokens]: the row each answer token belongs to."""
         return np.repeat(np.arange(len(self.answer_starts) - 1), self.answer_lengths)
 
+    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
+        """Places of the answer tokens of `rows`, in order."""
+        return np.flatnonzero(np.isin(self.row_of_token(), rows))
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:

@@ -6,13 +6,14 @@
 Invariants:
 - All public methods but `plan` and `close` are collectives: every rank calls them in the same order.
 - No optimizer step is taken on a loss or gradient that is not finite; all ranks then raise the same `NonFiniteLoss`.
-- The gradient does not depend on the division into ranks and micro-batches: the loss is a sum over tokens divided by the
-  trainable tokens of the whole minibatch.
+- The gradient does not depend on the division into ranks and micro-batches: the loss is a sum over tokens with weights that
+  come from the whole minibatch, and a forward pass has whole rollouts.
 One thread of one process per rank calls it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -23,14 +24,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from asyncrl.learner.advantages import group_relative
+from asyncrl.learner.aggregation import weighted_sum
 from asyncrl.learner.batch import Batch, make_microbatches, read_table, split_groups
+from asyncrl.learner.columns import Columns
 from asyncrl.learner.config import LearnerConfig
 from asyncrl.learner.distributed import init_distributed, leave_distributed, share_table, this_device
-from asyncrl.learner.metrics import Columns, StepMetrics, learning_figures, mismatch_figures, size_figures
+from asyncrl.learner.metrics import StepMetrics, learning_figures, mismatch_figures, size_figures
 from asyncrl.learner.model import checkpoint_parameters, load_policy
-from asyncrl.learner.objective import clipped_surrogate, importance_weights, token_mean
+from asyncrl.learner.objective import token_losses
+from asyncrl.learner.objective_needs import missing_parts, needs_of
 from asyncrl.learner.optimizer import adamw, set_learning_rate, warmed_up_then_decayed
+from asyncrl.learner.preparation import fresh_columns
 from asyncrl.learner.rows import MicroBatch
 from asyncrl.learner.weights import save_folder, whole
 from asyncrl.weight_sync.plan import Bucket, Plan, make_plan
@@ -57,7 +61,12 @@ class Learner:
         ranks: int = 1,
         address: str = "",
     ) -> None:
-        """`temperature` is the sampling temperature: logprobs are of the distribution that was sampled from."""
+        """`temperature` is the sampling temperature: logprobs are of the distribution that was sampled from.
+
+        Raises ValueError for an objective that needs a part which there is not.
+        """
+        for key, _, advice in missing_parts(config.objective):
+            raise ValueError(f"{key} {advice}")
         if config.device == "cpu":
             torch.set_num_threads(config.cores)
         mesh = init_distributed(
@@ -65,6 +74,7 @@ class Learner:
         )
         self._config, self._model_path, self._temperature = config, model_path, temperature
         self._rank, self._ranks = rank, ranks
+        self._needs = needs_of(config.objective)
         self._device = this_device(config.device)
         self._policy = load_policy(model_path, mesh, config.dtype)
         self._parameters = checkpoint_parameters(self._policy)
@@ -83,15 +93,11 @@ class Learner:
         start = self._clock()
         table, version = share_table(table, version, self._rank, self._device)
         batch = read_table(table)
-        advantages = group_relative(
-            torch.from_numpy(batch.reward.astype(np.float64)),
-            torch.from_numpy(batch.group),
-            normalise_std=self._config.objective.normalise_std,
-        )
         minibatches = split_groups(batch.group, self._config.minibatches_per_step)
         passes = [self._divide(batch, rows) for rows in minibatches]
-        columns = self._columns(batch, advantages)
-        self._proximal_of_later(passes[1:], columns)
+        columns = fresh_columns(batch, minibatches, version, self._config.objective, self._device)
+        if "proximal" in self._needs.logprobs:
+            self._proximal_of_later(batch, minibatches[1:], passes[1:], columns)
         losses, norms = [], []
         for index, (rows, part) in enumerate(zip(minibatches, passes, strict=True)):
             loss, norm = self._minibatch(batch, rows, part, columns, first=index == 0)
@@ -99,7 +105,7 @@ class Learner:
             norms.append(norm)
         seconds = self._clock() - start
         figures = {
-            **learning_figures(batch, columns, advantages, self._config.objective),
+            **learning_figures(batch, columns, self._config.objective),
             **mismatch_figures(batch, columns.proximal.cpu().numpy(), version),
             **size_figures(batch),
             **self._seconds,
@@ -163,84 +169,72 @@ class Learner:
     def _divide(self, batch: Batch, rows: np.ndarray) -> list[MicroBatch]:
         return make_microbatches(batch, rows, self._config.tokens_per_microbatch, self._rank, self._ranks)
 
-    def _columns(self, batch: Batch, advantages: torch.Tensor) -> Columns:
-        per_token = advantages[torch.from_numpy(batch.sequences.row_of_token())].float()
-        zeros = torch.zeros(batch.tokens, device=self._device)
-        return Columns(
-            behaviour=torch.tensor(batch.behaviour, device=self._device),
-            proximal=zeros,
-            current=zeros.clone(),
-            advantages=per_token.to(self._device),
-            trainable=torch.tensor(batch.trainable, device=self._device),
-        )
-
-    def _proximal_of_later(self, later: list[list[MicroBatch]], columns: Columns) -> None:
+    def _proximal_of_later(
+        self, batch: Batch, later: list[np.ndarray], passes: list[list[MicroBatch]], columns: Columns
+    ) -> None:
         """Minibatches after the first see moved weights, so their proximal logprobs are computed before any step."""
         if not later:
             return
         start = self._clock()
-        for part in (part for passes in later for part in passes):
+        mine = torch.zeros_like(columns.current)
+        for part in (part for minibatch in passes for part in minibatch):
             out = self._policy.logprobs_no_grad(*self._inputs(part), self._temperature)
-            columns.proximal[part.place.to(self._device)] = out
-        dist.all_reduce(columns.proximal)
+            mine[part.place.to(self._device)] = out
+        dist.all_reduce(mine)
+        places = torch.from_numpy(batch.sequences.tokens_of(np.concatenate(later))).to(self._device)
+        columns.proximal[places] = mine[places]
         self._seconds["forward_s"] += self._clock() - start
 
     def _minibatch(
         self, batch: Batch, rows: np.ndarray, passes: list[MicroBatch], columns: Columns, *, first: bool
     ) -> tuple[float, float]:
         """Gradients of one minibatch, and the optimizer step if they are finite. Returns loss and gradient norm."""
-        mine = torch.zeros_like(columns.current)
-        places = torch.from_numpy(np.flatnonzero(np.isin(batch.sequences.row_of_token(), rows))).to(
-            self._device
-        )
-        count = int(columns.trainable[places].sum())
+        mine = torch.zeros((1 + self._needs.entropy, batch.tokens), device=self._device)
+        places = torch.from_numpy(batch.sequences.tokens_of(rows)).to(self._device)
         for part in passes:
-            self._micro_batch(part, columns, mine, count, first=first)
+            self._micro_batch(part, columns, mine, first=first)
         dist.all_reduce(mine)
-        columns.current[places] = mine[places]
+        columns.current[places] = mine[0, places]
+        if self._needs.entropy:
+            columns.entropy[places] = mine[1, places]
         if first:
-            columns.proximal[places] = mine[places]
-        loss = self._check_losses(batch, columns, places, count)
+            columns.proximal[places] = mine[0, places]
+        loss = self._check_losses(batch, columns, places)
         start = self._clock()
-        norm = self._take_step(batch, rows, skip=count == 0)
+        norm = self._take_step(batch, rows, skip=not bool(columns.trainable[places].any()))
         self._seconds["optimizer_s"] += self._clock() - start
         return loss, norm
 
-    def _micro_batch(
-        self, part: MicroBatch, columns: Columns, mine: torch.Tensor, count: int, *, first: bool
-    ) -> None:
+    def _micro_batch(self, part: MicroBatch, columns: Columns, mine: torch.Tensor, *, first: bool) -> None:
         start = self._clock()
         place = part.place.to(self._device)
-        current = self._policy(*self._inputs(part), self._temperature)
-        mine[place] = current.detach()
-        proximal = current.detach() if first else columns.proximal[place]
-        losses = self._losses(current, proximal, columns, place)
+        out = self._policy(*self._inputs(part), self._temperature, with_entropy=self._needs.entropy)
+        out = torch.atleast_2d(out)
+        mine[:, place] = out.detach()
+        own = columns.at(place)
+        own = dataclasses.replace(
+            own,
+            current=out[0],
+            entropy=out[1] if self._needs.entropy else own.entropy,
+            proximal=out[0].detach() if first else own.proximal,
+        )
         # FSDP averages gradients over the ranks; the loss is a sum over them.
-        loss = token_mean(losses, columns.trainable[place], max(count, 1)) * self._ranks
+        loss = weighted_sum(token_losses(self._config.objective, own), own.weights) * self._ranks
         forwarded = self._clock()
         loss.backward()  # type: ignore[no-untyped-call]
         self._seconds["forward_s"] += forwarded - start
         self._seconds["backward_s"] += self._clock() - forwarded
 
-    def _losses(
-        self, current: torch.Tensor, proximal: torch.Tensor, columns: Columns, place: torch.Tensor
-    ) -> torch.Tensor:
-        objective = self._config.objective
-        surrogate = clipped_surrogate(
-            current, proximal, columns.advantages[place], objective.clip_low, objective.clip_high
-        )
-        return importance_weights(proximal, columns.behaviour[place], objective.importance_cap) * surrogate
-
-    def _check_losses(self, batch: Batch, columns: Columns, places: torch.Tensor, count: int) -> float:
+    def _check_losses(self, batch: Batch, columns: Columns, places: torch.Tensor) -> float:
         """The minibatch's loss. Raises `NonFiniteLoss`, on every rank alike, if a trainable token's is not finite."""
-        losses = self._losses(columns.current[places], columns.proximal[places], columns, places)
-        kept = columns.trainable[places]
-        wrong = places[~losses.isfinite() & kept]
+        own = columns.at(places)
+        losses = token_losses(self._config.objective, own)
+        wrong = places[~losses.isfinite() & own.trainable]
         if len(wrong):
             self._optimizer.zero_grad()
             rows = np.unique(batch.sequences.row_of_token()[wrong.cpu().numpy()])
             raise NonFiniteLoss(f"loss is not finite on {len(wrong)} tokens of {_named(batch, rows)}")
-        return float(token_mean(losses.double(), kept, max(count, 1)))
+        return float(weighted_sum(losses.double(), own.weights))
 
     def _take_step(self, batch: Batch, rows: np.ndarray, *, skip: bool) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)

@@ -106,6 +106,10 @@ def _walk(value: Any, kind: Any, path: str) -> Iterator[Problem]:
     bare = _bare(kind)
     if value is None and type(None) in get_args(kind):
         return
+    choices = _tagged(bare)
+    if choices and isinstance(value, dict):
+        yield from _walk_choice(value, choices, path)
+        return
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
         if not isinstance(value, dict):
             yield Problem(path, repr(value), "expected a table")
@@ -141,6 +145,25 @@ def _walk_struct(table: dict[str, Any], struct: type[msgspec.Struct], path: str)
             yield Problem(_join(path, name), "", f"is missing; expected {_describe(hints[name])}")
 
 
+def _walk_choice(
+    table: dict[str, Any], choices: dict[str, type[msgspec.Struct]], path: str
+) -> Iterator[Problem]:
+    """A table of one of several kinds, told apart by its tag."""
+    field = next(iter(choices.values())).__struct_config__.tag_field
+    assert field is not None
+    tag = table.get(field)
+    if isinstance(tag, str) and tag in choices:
+        yield from _walk_struct(table, choices[tag], path)
+        return
+    found = repr(tag) if field in table else ""
+    near = difflib.get_close_matches(tag, choices, 1) if isinstance(tag, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    missing = "" if field in table else "is missing; "
+    yield Problem(
+        _join(path, field), found, f"{missing}expected one of {', '.join(map(repr, choices))}{hint}"
+    )
+
+
 def _leaf(value: Any, kind: Any, path: str) -> Iterator[Problem]:
     try:
         msgspec.convert(value, kind)
@@ -160,6 +183,14 @@ def _bare(kind: Any) -> Any:
         inner = [k for k in get_args(kind) if k is not type(None)]
         return _bare(inner[0]) if len(inner) == 1 else kind
     return kind
+
+
+def _tagged(bare: Any) -> dict[str, type[msgspec.Struct]]:
+    """Structs by their tags, of a union of nothing but tagged structs; else empty."""
+    inner = get_args(bare) if get_origin(bare) in (Union, types.UnionType) else ()
+    structs = [k for k in inner if isinstance(k, type) and issubclass(k, msgspec.Struct)]
+    tagged = {str(k.__struct_config__.tag): k for k in structs if k.__struct_config__.tag_field}
+    return tagged if len(tagged) == len(inner) else {}
 
 
 def _is_struct(kind: Any) -> bool:

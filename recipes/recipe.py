@@ -19,6 +19,7 @@ from asyncrl.generators.config import (
     SamplingConfig,
 )
 from asyncrl.learner.config import HEAD_SIZES, LearnerConfig, SFTConfig
+from asyncrl.learner.objective_needs import Surroundings, broken_rules
 from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, unknown_gpus
 from asyncrl.recipes.telemetry_config import TelemetryConfig
 from asyncrl.weight_sync.config import WeightSyncConfig
@@ -118,18 +119,31 @@ class Problem(msgspec.Struct, frozen=True):
 
 def cross_check(recipe: Recipe) -> list[Problem]:
     """Every rule that two or more settings break together."""
-    checks = (_check_batches, _check_buffer, _check_lengths, _check_pools, _check_sft, _check_cluster)
+    checks = (
+        _check_objective,
+        _check_batches,
+        _check_buffer,
+        _check_lengths,
+        _check_pools,
+        _check_sft,
+        _check_cluster,
+    )
     return [problem for check in checks for problem in check(recipe)]
+
+
+def _check_objective(recipe: Recipe) -> Iterator[Problem]:
+    around = Surroundings(
+        max_staleness_versions=recipe.staleness.max_staleness_versions,
+        rollouts_per_prompt=recipe.prompts.rollouts_per_prompt,
+        dynamic_sampling=recipe.buffer.dynamic_sampling,
+        max_new_tokens=recipe.sampling.max_new_tokens,
+    )
+    for path, found, advice in broken_rules(recipe.learner.objective, around):
+        yield Problem(path, found, advice)
 
 
 def _check_batches(recipe: Recipe) -> Iterator[Problem]:
     prompts, learner = recipe.prompts, recipe.learner
-    if prompts.rollouts_per_prompt < 2:
-        yield Problem(
-            "prompts.rollouts_per_prompt",
-            str(prompts.rollouts_per_prompt),
-            "objective `grpo` compares the rollouts of one prompt: set at least 2",
-        )
     if learner.minibatches_per_step > prompts.prompts_per_step:
         yield Problem(
             "learner.minibatches_per_step",

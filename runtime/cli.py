@@ -147,7 +147,7 @@ def _checked(chosen: argparse.Namespace, console: Console) -> Recipe | None:
         table.add_row(size.name, size.value, size.formula)
     console.print(table)
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     return recipe
 
 

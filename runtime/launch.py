@@ -149,11 +149,13 @@ async def _answering(supervisor: Supervisor, keys: ServerKeys, stop: asyncio.Eve
 async def _run(supervisor: Supervisor, observer: Observer) -> str:
     try:
         await supervisor.run()
+        await _end_in_order(supervisor, observer, stopped=False)
+        return "drained" if supervisor.draining else "finished"
     except Stopped:
         await _end_in_order(supervisor, observer, stopped=True)
         return "stopped"
-    await _end_in_order(supervisor, observer, stopped=False)
-    return "drained" if supervisor.draining else "finished"
+    finally:
+        await supervisor.close()
 
 
 async def _end_in_order(supervisor: Supervisor, observer: Observer, *, stopped: bool) -> None:

@@ -35,6 +35,7 @@ from asyncrl.runtime.watch import Watch
 _READ_S = 2.0
 _SNAPSHOT_S = 1.0
 _CALL_S = 60.0
+_CLOSE_S = 5.0
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,30 +71,38 @@ class Supervisor:
         self._run_id, self._keys = run_id, parts.keys
         self._buffers, self._learners = parts.buffers, parts.learners
         self._frontier, self._held_out = frontier, held_out
-        self._address: BufferAddress | None = None
+        self._open = contextlib.AsyncExitStack()
+        self._client: BufferClient | None = None
         self._feeding: asyncio.Task[None] | None = None
         self._training = False
 
     async def run(self) -> None:
         guarded = self.watch.guarded
         address = await self._start_buffer()
-        async with BufferClient(address) as client:
-            folder = str(self.watch.folder.path)
-            note = self.observer.note
-            fleet = self.fleet = Fleet(self.recipe, folder, self._run_id, self.watch, client, address, note)
-            self.watch.add("fleet", fleet.keep())
-            self.watch.add("machines", watch_machines(note))
-            observing = self.watch.add("observer", self._observe(client, fleet))
-            try:
-                await guarded(self._start(address, fleet))
-                await guarded(self._evaluate(0))
-                await guarded(self._train(client, fleet))
-                await guarded(fleet.hand_back())
-                await guarded(self._evaluate(self.observer.steps_done))
-                await guarded(self._save())
-            finally:
-                observing.cancel()
-                await asyncio.gather(observing, return_exceptions=True)
+        client = self._client = await self._open.enter_async_context(BufferClient(address))
+        folder, note = str(self.watch.folder.path), self.observer.note
+        fleet = self.fleet = Fleet(self.recipe, folder, self._run_id, self.watch, client, address, note)
+        self.watch.add("fleet", fleet.keep())
+        self.watch.add("machines", watch_machines(note))
+        observing = self.watch.add("observer", self._observe(client, fleet))
+        try:
+            await guarded(self._start(address, fleet))
+            await guarded(self._evaluate(0))
+            await guarded(self._train(client, fleet))
+            await guarded(fleet.hand_back())
+            await guarded(self._evaluate(self.observer.steps_done))
+            await guarded(self._save())
+        finally:
+            observing.cancel()
+            await asyncio.gather(observing, return_exceptions=True)
+
+    async def close(self) -> None:
+        """After everything else, also where the run failed: the keepers of engines talk to the buffer to their end."""
+        if self.fleet is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self.fleet.shutdown()
+        await self._open.aclose()
 
     # ---- the phases --------------------------------------------------------------------------------------------
 
@@ -104,7 +113,7 @@ class Supervisor:
             self.watch.call(f"buffer-{i}", s.start.remote(), timeout_s) for i, s in enumerate(self._buffers)
         ]
         endpoints = tuple(await asyncio.gather(*starting))
-        address = self._address = BufferAddress(endpoints=endpoints, keys=self._keys)
+        address = BufferAddress(endpoints=endpoints, keys=self._keys)
         for i, shard in enumerate(self._buffers):
             keeper = ShardKeeper(i, shard, address, self.watch, self.observer)
             self.watch.add(f"buffer-{i}", keeper.keep())
@@ -208,10 +217,9 @@ class Supervisor:
             await asyncio.gather(*self._remote_on_ranks("save"))
         if self.fleet is not None:
             await self.fleet.shutdown()
-        if self._address is not None:
-            async with BufferClient(self._address) as client:
-                self.observer.buffer_report(await client.status())
-                await client.stop()
+        if self._client is not None:
+            self.observer.buffer_report(await self._client.status())
+            await self._client.stop()
         await asyncio.gather(*(p.close.remote() for p in self._learners), return_exceptions=True)
 
     async def stop_dispatchers(self) -> None:

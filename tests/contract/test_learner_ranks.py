@@ -28,7 +28,8 @@ RANK = textwrap.dedent(
     from pathlib import Path
     import msgspec, pyarrow as pa, torch
     from safetensors.torch import save_file
-    from asyncrl.learner.config import GRPO, LearnerConfig
+    from asyncrl.learner.config import LearnerConfig
+    from asyncrl.learner.objective_config import GRPO
     from asyncrl.learner.step import Learner, NonFiniteLoss
 
     folder, out, rank, ranks, address = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]

@@ -181,6 +181,7 @@ def launched(tmp_path: Path, model: Path, *overrides: str) -> Iterator[Run]:
         yield run
     finally:
         run.kill()
+    assert "was never retrieved" not in run.text and "never awaited" not in run.text, run.text
     assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared
 
 

@@ -475,6 +475,17 @@ def test_only_a_complete_rollout_is_scored():
         ledger.score(r.rollout_id, r.lease_id, 1.0)
 
 
+def test_reasons_that_name_their_prompts_are_counted_together_past_so_many():
+    ledger = make(max_attempts=1, rollouts_per_prompt=1, prompts_per_step=200)
+    ledger.admit(prompts(ledger, 400))
+    for number, rollout in enumerate(ledger.lease("e", 400, 0.0)):
+        reason = f"reward: of p{number}" if number % 2 else f"cause {number}: x"
+        assert not ledger.fail(rollout.rollout_id, rollout.lease_id, reason)
+    counts = ledger.check()
+    assert sum(counts.failed.values()) == 400 and len(counts.failed) <= 2 * 64 + 1
+    assert counts.failed["reward"] == 200 - 32 and counts.failed["other reasons"] > 0
+
+
 def test_an_engine_that_is_dead_for_good_gets_nothing_more():
     """A machine was lost, and its process lived on for a while: it took what had just been freed, and held it."""
     ledger = make()

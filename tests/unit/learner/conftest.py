@@ -86,3 +86,44 @@ def build_table(
             rows["reward"].append(float(random.integers(0, 3)) / 2)
             rows["finish_reason"].append("stop")
     return pa.table(rows, schema=BATCH)
+
+
+class Oracle:
+    """One fixed case, computed by other projects (see data/README.md); as padded arrays, and flat as our columns are.
+
+    Flat columns hold the tokens of all 13 rollouts, the environment's in between included, without padding.
+    """
+
+    def __init__(self) -> None:
+        self.inputs = _load("oracle_inputs.npz")
+        self.golden = _load("oracle_golden.npz")
+        self.place = np.arange(12) < self.inputs["lens"][:, None]
+        """[13, 12] bool: where there is a token."""
+        self.row = torch.from_numpy(np.nonzero(self.place)[0])
+        self.group = torch.from_numpy(self.inputs["group"])
+        self.mask = self.flat_of(self.inputs["mask"]).bool()
+        """[tokens] bool: where the policy sampled the token."""
+
+    def flat(self, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return self.flat_of(self.inputs[name]).to(dtype)
+
+    def want(self, name: str) -> torch.Tensor:
+        """An output per token, flat."""
+        return self.flat_of(self.golden[name])
+
+    def flat_of(self, padded: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(padded[self.place])
+
+    def per_token(self, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """An input per rollout, on each of its tokens."""
+        return torch.from_numpy(self.inputs[name]).to(dtype)[self.row]
+
+
+def _load(name: str) -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "data" / name) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    return Oracle()

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from asyncrl.learner.logprobs import CHUNK_BYTES, chunk_rows, token_logprobs
+from asyncrl.learner.logprobs import (
+    CHUNK_BYTES,
+    chunk_rows,
+    token_logprobs,
+    token_logprobs_and_entropies,
+)
 
-ORACLE = Path(__file__).parents[2] / "data" / "objectives.npz"
+Oracle = Any
+"""The fixture's class in conftest, which a test cannot import."""
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 100])
@@ -29,12 +35,34 @@ def test_values_and_gradients_are_those_of_log_softmax(rows: int, temperature: f
         torch.testing.assert_close(a.grad.double(), b.grad, atol=2e-5, rtol=1e-5)
 
 
-def test_verl_has_the_same_logprobs() -> None:
-    with np.load(ORACLE) as oracle:
-        logits, labels = oracle["logits"].reshape(-1, 17), oracle["labels"].reshape(-1)
-        want = oracle["verl/logprobs_from_logits"].reshape(-1)
-    found = token_logprobs(torch.from_numpy(logits).float(), torch.eye(17), torch.from_numpy(labels), 1.0)
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_and_their_gradients_are_those_of_softmax(rows: int, temperature: float) -> None:
+    torch.manual_seed(1)
+    hidden, weight, targets = torch.randn(17, 8), torch.randn(11, 8), torch.randint(0, 11, (17,))
+    upstream = torch.randn(2, 17, dtype=torch.float64)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    found = torch.stack(token_logprobs_and_entropies(ours[0], ours[1], targets, temperature, rows))
+    (found * upstream).sum().backward()
+    every = torch.log_softmax(theirs[0] @ theirs[1].T / temperature, -1)
+    want = torch.stack([every.gather(-1, targets[:, None])[:, 0], -(every.exp() * every).sum(-1)])
+    (want * upstream).sum().backward()
+    torch.testing.assert_close(found.double(), want, atol=3e-6, rtol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=3e-5, rtol=1e-5)
+
+
+def test_verl_has_the_same_logprobs_and_entropy(oracle: Oracle) -> None:
+    logits, labels = oracle.inputs["logits"].reshape(-1, 17), oracle.inputs["labels"].reshape(-1)
+    found, entropy = token_logprobs_and_entropies(
+        torch.from_numpy(logits).float(), torch.eye(17), torch.from_numpy(labels), 1.0
+    )
+    want = oracle.golden["verl/logprobs_from_logits"].reshape(-1)
     np.testing.assert_allclose(found.numpy(), want, atol=2e-6)
+    mean = entropy[torch.from_numpy(oracle.inputs["mask"].reshape(-1)).bool()].mean()
+    assert float(mean) == pytest.approx(float(oracle.golden["verl/entropy/token-mean"]), abs=1e-5)
 
 
 def test_no_tokens_still_have_a_gradient() -> None:

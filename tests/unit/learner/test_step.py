@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.buffer.schema import BATCH
-from asyncrl.learner.config import GRPO
+from asyncrl.learner.objective_config import GRPO
 from asyncrl.learner.optimizer import warmed_up_then_decayed
 from asyncrl.learner.step import Learner, NonFiniteLoss
 

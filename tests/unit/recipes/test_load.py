@@ -50,7 +50,22 @@ def test_every_problem_is_told_at_once():
         (["sampling.max_new_tokens=4096"], "sampling.max_new_tokens = 4096: leaves no room for a prompt"),
         (["learner.tokens_per_microbatch=16"], "learner.tokens_per_microbatch = 16: one rollout may have"),
         (["pools.0.tensor_parallel=2"], 'must be 1 with device = "cpu"'),
-        (["learner.objective.type=ppo"], "learner.objective.type = 'ppo': expected 'grpo'"),
+        (
+            ["learner.objective.type=grop"],
+            "learner.objective.type = 'grop': expected one of 'grpo', 'dr_grpo', 'dapo', ",
+        ),
+        (["learner.objective.type=grop"], "'vapo'; did you mean 'grpo'?"),
+        (
+            ["learner.objective={clip_low=0.2}"],
+            "learner.objective.type: is missing; expected one of 'grpo', 'dr_grpo'",
+        ),
+        (["learner.objective=3"], "learner.objective = 3: Expected `object`, got `int`"),
+        (
+            ["learner.objective.correction={ type = 'truncated', kap = 2.0 }"],
+            "learner.objective.correction.kap = 2.0: unknown key; did you mean 'cap'?",
+        ),
+        (["learner.objective.clip_low=1.5"], "learner.objective.clip_low = 1.5: Expected `float` <= 1.0"),
+        (["learner.objective.importance_cap=2.0"], "learner.objective.importance_cap = 2.0: unknown key"),
         (
             ["sft.heads=8"],
             "sft.heads = 8: sft.hidden_size / sft.heads = 16; engines know heads of (32, 64, 128)",
@@ -66,7 +81,7 @@ def test_every_problem_is_told_at_once():
         (["buffer.memory_bytes=1000"], "buffer.memory_bytes = 1000: Expected `int` >= 1048576"),
         (
             ["buffer.group_policy.type=first"],
-            "buffer.group_policy = {'type': 'first'}: Invalid value 'first'",
+            "buffer.group_policy.type = 'first': expected one of 'full', 'first_k'; did you mean 'first_k'?",
         ),
         (["pools=[]"], "pools = []: Expected `array` of length >= 1"),
         (["pools=3"], "pools = 3: Expected `array`, got `int`"),
