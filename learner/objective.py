@@ -129,8 +129,11 @@ def _surrogate(objective: Objective, proximal: torch.Tensor, columns: Columns) -
 
 def _log_ratio(objective: Objective, proximal: torch.Tensor, columns: Columns) -> torch.Tensor:
     if isinstance(objective, GSPO):
-        return sequence_log_ratio(columns.current, proximal, columns.trainable, columns.row)
-    return log_ratio(columns.current, proximal)
+        ratio = sequence_log_ratio(columns.current, proximal, columns.trainable, columns.row)
+    else:
+        ratio = log_ratio(columns.current, proximal)
+    # Of a token that is context only the ratio may be anything; where it overflows, the gradient would be NaN: 0 x inf.
+    return torch.where(columns.trainable, ratio, 0.0)
 
 
 def _dual_clip(objective: Objective) -> float | None:
@@ -156,5 +159,5 @@ def _weights(correction: Correction, proximal: torch.Tensor, columns: Columns) -
         weights = masked(ratio, correction.low, correction.high)
     else:
         weights = truncated(ratio, None if isinstance(correction, NoCorrection) else correction.cap)
-    # An infinite weight of a token that is context only would make the gradient NaN: 0 x inf.
+    # As in `_log_ratio`: 0 x inf.
     return torch.where(columns.trainable, weights, 0.0)

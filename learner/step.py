@@ -209,7 +209,7 @@ class Learner:
         start = self._clock()
         place = part.place.to(self._device)
         out = self._policy(*self._inputs(part), self._temperature, with_entropy=self._needs.entropy)
-        out = torch.atleast_2d(out)
+        out = out.view(1 + self._needs.entropy, len(place))
         mine[:, place] = out.detach()
         own = columns.at(place)
         own = dataclasses.replace(

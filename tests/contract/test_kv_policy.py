@@ -158,7 +158,10 @@ def test_no_token_of_many_updates_under_load_has_a_wrong_version(world: World) -
     async def update() -> None:
         for index in range(UPDATES):
             await world.publish("repeat" if index % 2 else "change")
-            await asyncio.sleep(0.002 * (index % 5))
+            # Two of three versions sample something; each third is replaced as fast as can be.
+            seen = world.engine.stats().generated_tokens
+            while index % 3 and world.engine.stats().generated_tokens < seen + 6:  # noqa: ASYNC110 (bounded by `World.run`)
+                await asyncio.sleep(0.001)
         done.set()
 
     async def both() -> None:
@@ -169,8 +172,8 @@ def test_no_token_of_many_updates_under_load_has_a_wrong_version(world: World) -
 
     world.run(both())
     versions = {version for _, answer in answers for version in answer.versions}
-    assert world.version == first + UPDATES and len(versions) > UPDATES // 3
-    assert sum(len(set(answer.versions)) > 1 for _, answer in answers) > 10
+    assert world.version == first + UPDATES and len(versions) > UPDATES // 2
+    assert sum(len(set(answer.versions)) > 1 for _, answer in answers) > 5
     for which, answer in answers:
         assert answer.versions == sorted(answer.versions) and len(answer.tokens) == 150 + 30 * which
         if isinstance(world, VLLMWorld):

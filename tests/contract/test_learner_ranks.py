@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -62,6 +63,51 @@ RANK = textwrap.dedent(
 )
 
 
+OBJECTIVES = (
+    '{"type": "grpo", "clip_low": 0.005, "clip_high": 0.005, "aggregation": "sequence_mean", "dual_clip": 1.2}',
+    '{"type": "dr_grpo", "divisor_tokens": 30, "correction": {"type": "masked", "low": 0.8, "high": 1.2}}',
+    '{"type": "dapo", "overlong": {"free_tokens": 8, "ramp_tokens": 9}, "entropy_bonus": 0.05}',
+    '{"type": "rloo", "correction": {"type": "truncated", "level": "sequence", "cap": 1.5}}',
+    '{"type": "reinforce_pp", "discount": 0.95, "correction": {"type": "decoupled", "proximal": "interpolated"}}',
+    '{"type": "reinforce_pp_baseline", "correction": {"type": "decoupled"}}',
+    '{"type": "gspo", "clip_low": 0.002, "clip_high": 0.002, "correction": {"type": "none"}}',
+    '{"type": "cispo", "correction": {"type": "masked", "level": "sequence", "low": 0.2, "high": 5.0}}',
+)
+"""Every objective, correction, aggregation and level at least once."""
+
+GRADIENTS = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+    import msgspec, pyarrow as pa, torch
+    from safetensors.torch import save_file
+    from asyncrl.learner.config import LearnerConfig
+    from asyncrl.learner.objective_config import Objective
+    from asyncrl.learner.step import Learner
+
+    folder, out, rank, ranks = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    changes, metrics = {}, []
+    for index, (address, text) in enumerate(zip(sys.argv[5].split(","), sys.argv[6:], strict=True)):
+        config = LearnerConfig(
+            device="cpu", ranks=ranks, learning_rate=0.1, max_grad_norm=1e9, minibatches_per_step=2,
+            tokens_per_microbatch=60, objective=msgspec.json.decode(text, type=Objective),
+            start_timeout_s=60, step_timeout_s=60,
+        )
+        learner = Learner(config, folder, 0.9, rank, ranks, address)
+        learner._optimizer = torch.optim.SGD(learner._parameters.values(), lr=0.1)  # so that changes are gradients
+        gather = lambda: {n: t.clone() for b in learner.plan(20_000).buckets for n, t in learner.gather(b).items()}
+        before = gather()
+        table = pa.ipc.open_file(str(Path(folder) / "batch-0")).read_all() if rank == 0 else None
+        metrics.append(learner.train(table, 4 if rank == 0 else -1))
+        changes.update({f"{index}/{name}": tensor - before[name] for name, tensor in gather().items()})
+        learner.close()
+    save_file(changes, str(out / f"weights-{rank}"))
+    (out / f"report-{rank}").write_bytes(msgspec.json.encode([metrics, [], ""]))
+    os._exit(0)  # as above
+    """
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
@@ -104,15 +150,18 @@ def _write(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def _run(folder: Path, out: Path, ranks: int) -> None:
+def _run(folder: Path, out: Path, ranks: int, script: str = RANK, *more: str) -> None:
+    """`more`: a learner for each, which meet at addresses of their own; without it one."""
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in more or ("one",)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        addresses = ",".join(f"127.0.0.1:{free.getsockname()[1]}" for free in sockets)
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(out), str(rank), str(ranks), address],
+            [sys.executable, "-c", script, str(folder), str(out), str(rank), str(ranks), addresses, *more],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -155,6 +204,22 @@ def test_two_ranks_do_what_one_does(folder: Path, tmp_path: Path) -> None:
         for ours, other in zip(metrics, theirs, strict=True):
             _compare(ours, other)
     assert metrics[0].clip_fraction > 0
+
+
+def test_two_ranks_have_the_gradient_of_one_whatever_the_objective(folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    _run(folder, one, 1, GRADIENTS, *OBJECTIVES)
+    _run(folder, two, 2, GRADIENTS, *OBJECTIVES)
+    want = load_file(one / "weights-0")
+    metrics, _, _ = _report(one, 0)
+    for rank in range(2):
+        found = load_file(two / f"weights-{rank}")
+        assert found.keys() == want.keys()
+        for name in want:
+            np.testing.assert_allclose(found[name], want[name], atol=TOLERANCE, rtol=1e-4, err_msg=name)
+        for ours, other in zip(metrics, _report(two, rank)[0], strict=True):
+            _compare(ours, other)
+    assert all(each.grad_norm > 0.01 for each in metrics)
 
 
 def _compare(ours: StepMetrics, other: StepMetrics) -> None:

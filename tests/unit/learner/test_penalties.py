@@ -30,7 +30,7 @@ def test_verl_estimates_the_kl_alike(oracle: Oracle, estimator: Any, dtype: torc
     loss = weighted_sum(kl, token_weights("token_mean", oracle.mask, oracle.row, None).to(dtype))
     loss.backward()
     name = f"verl/kl_penalty/{estimator}/token-mean"
-    assert float(loss) == pytest.approx(float(oracle.golden[name]), abs=1e-5)
+    assert loss.item() == pytest.approx(float(oracle.golden[name]), abs=1e-5)
     assert current.grad is not None
     torch.testing.assert_close(current.grad.double(), oracle.want(name + "#grad"), atol=1e-5, rtol=0)
 
@@ -47,7 +47,7 @@ def test_trl_has_the_same_loss_with_kl(oracle: Oracle) -> None:
     loss = weighted_sum(losses, token_weights("sequence_mean", oracle.mask, oracle.row, None))
     loss.backward()
     name = "trl/loss/grpo/token beta=.04 (k3)"
-    assert float(loss) == pytest.approx(float(oracle.golden[name]), abs=1e-5)
+    assert loss.item() == pytest.approx(float(oracle.golden[name]), abs=1e-5)
     assert current.grad is not None
     torch.testing.assert_close(current.grad.double(), oracle.want(name + "#grad"), atol=1e-5, rtol=0)
 

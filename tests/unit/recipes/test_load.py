@@ -65,6 +65,30 @@ def test_every_problem_is_told_at_once():
             "learner.objective.correction.kap = 2.0: unknown key; did you mean 'cap'?",
         ),
         (["learner.objective.clip_low=1.5"], "learner.objective.clip_low = 1.5: Expected `float` <= 1.0"),
+        (
+            ["learner.objective.correction={ type = 'none' }"],
+            'learner.objective.correction = { type = "none" }: an asynchronous run trains tokens of up to 1 versions ago',
+        ),
+        (["learner.objective={ type = 'ppo' }"], "learner.objective.type = 'ppo': needs a critic"),
+        (["learner.objective={ type = 'vapo' }"], "learner.objective.type = 'vapo': needs a critic"),
+        (["learner.objective={ type = 'remax' }"], "learner.objective.type = 'remax': needs a greedy answer"),
+        (
+            ["learner.objective.kl={ estimator = 'k3', coefficient = 0.01, place = 'loss' }"],
+            "learner.objective.kl: needs logprobs of a reference model, which the learner does not have yet",
+        ),
+        (["learner.objective.cost={ limit = 0.1 }"], "learner.objective.cost: needs a cost of each rollout"),
+        (
+            ["learner.objective={ type = 'dapo' }"],
+            'learner.objective.type = "dapo": samples dynamically: set buffer.dynamic_sampling = true',
+        ),
+        (
+            ["learner.objective={ type = 'dr_grpo' }"],
+            'learner.objective.divisor_tokens: is missing; aggregation = "fixed_divisor" divides by it',
+        ),
+        (
+            ["learner.objective.overlong={ free_tokens = 160, ramp_tokens = 16 }"],
+            "learner.objective.overlong.free_tokens = 160: no answer is longer than sampling.max_new_tokens = 160",
+        ),
         (["learner.objective.importance_cap=2.0"], "learner.objective.importance_cap = 2.0: unknown key"),
         (
             ["sft.heads=8"],
@@ -93,6 +117,24 @@ def test_every_problem_is_told_at_once():
 )
 def test_what_is_wrong_and_the_way_out(overrides, words):
     assert words in problems(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learner.objective={ type = 'dr_grpo', divisor_tokens = 160 }"],
+        [
+            "learner.objective={ type = 'dapo', overlong = { free_tokens = 120, ramp_tokens = 40 } }",
+            "buffer.dynamic_sampling=true",
+        ],
+        ["learner.objective={ type = 'gspo', correction = { type = 'masked', level = 'sequence' } }"],
+        ["learner.objective={ type = 'reinforce_pp', discount = 0.99 }", "prompts.rollouts_per_prompt=1"],
+        ["learner.objective.correction={ type = 'none' }", "staleness.max_staleness_versions=0"],
+    ],
+)
+def test_objectives_that_a_recipe_may_ask_for(overrides):
+    recipe = load_recipe(QUICKSTART, overrides)
+    assert recipe_from(dump_recipe(recipe), "again") == recipe
 
 
 def test_two_pools_of_one_name(tmp_path):
