@@ -25,7 +25,7 @@ UNKNOWN_ROOM = -1
 MOST_PASSES = 8
 """Requests, each counted once however often it is looked at while it waits."""
 LONGEST_PASSED_S = 2.0
-"""Where few engines ask and all of them wait there are no requests to count. Short of a lease's wait (5 s), so that the
+"""Where few engines ask and all of them wait there are no requests to count. Short of a lease's wait (3 s), so that the
 same request still gets it, and long enough for a running engine to end some rollouts and ask with more room."""
 _MOST_LOOKED_PAST = 64
 """Rollouts that one request passes over: a short look, as the loop stands still meanwhile and waiting requests look again."""

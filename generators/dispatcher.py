@@ -28,7 +28,7 @@ from asyncrl.generators.slots import Slots
 
 logger = logging.getLogger(__name__)
 
-_LEASE_WAIT_S = 5.0
+_LEASE_WAIT_S = 3.0
 _HEARTBEAT_S = 10.0
 _BESIDE_PER_SLOT = 8
 

@@ -36,6 +36,8 @@ _LOOK_S = 0.25
 _STATUS_S = 1.0
 _SHUTDOWN_S = 15.0
 _STOP_AGAIN_S = 0.5
+_TAILS_S = 5.0
+"""For a dispatcher whose engine died to hand in what it has."""
 
 
 class Run(Protocol):
@@ -190,6 +192,9 @@ class EngineKeeper:
         working = asyncio.create_task(self._work(actor))
         try:
             await asyncio.wait({receiving, working}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done() and self._dispatch is not None:
+                # The same death, met by a weight update first: the dispatcher is handing in what it has.
+                await asyncio.wait({working}, timeout=_TAILS_S)
             for task in (working, receiving):
                 if task.done():
                     task.result()

@@ -47,6 +47,7 @@ OBJECTIVES: tuple[Objective, ...] = (
     GSPO(correction=Truncated(level="sequence")),
     GSPO(correction=Masked()),
     CISPO(),
+    CISPO(correction=Decoupled()),
 )
 TOKENS = st.lists(st.tuples(st.floats(-4, 0), st.floats(-4, 0), st.floats(-4, 0), st.booleans()), max_size=5)
 ROLLOUTS = st.lists(TOKENS, min_size=1, max_size=6)

@@ -39,7 +39,9 @@ class Actor:
         self.ends = asyncio.get_running_loop().create_future()
         self.ends.add_done_callback(lambda f: f.exception())
         self.stopped = asyncio.Event()
-        self.dispatches, self.slots, self.shut = 0, None, False
+        self.update_fails = asyncio.Event()
+        """A weight update finds the engine's core dead, a moment before the dispatcher does."""
+        self.dispatches, self.slots, self.shut, self.handed_in = 0, None, False, False
 
     def __getattr__(self, name):
         return Method(getattr(self, f"do_{name}"))
@@ -67,12 +69,19 @@ class Actor:
         return 0
 
     async def do_receive(self):
-        await self._or_end(asyncio.Event().wait())
+        await self._or_end(self.update_fails.wait())
+        raise BROKEN
 
     async def do_dispatch(self, address, slots):
         self.dispatches, self.slots = self.dispatches + 1, slots
         self.stopped.clear()
-        await self._or_end(self.stopped.wait())
+        stopped, failed = (asyncio.ensure_future(e.wait()) for e in (self.stopped, self.update_fails))
+        waits = asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        await self._or_end(waits)
+        if failed.done():
+            await asyncio.sleep(0.2)
+            self.handed_in = True
+            raise BROKEN
 
     async def do_stop(self):
         self.stopped.set()
@@ -260,6 +269,18 @@ def test_an_engine_that_a_version_was_settled_without_is_replaced(run):
         world.fleet.condemn({"p-1": "it comes again"})  # of the life that is over
         await asyncio.sleep(0.05)
         assert world.ended == ["p-1"]
+
+    run(test)
+
+
+def test_a_death_met_by_a_weight_update_leaves_the_dispatcher_time_to_hand_in_its_tails(run):
+    async def test(world):
+        await world.begin()
+        await world.until(lambda: world.works("p-0", "p-1"))
+        world.actors["p-0"].update_fails.set()
+        await world.until(lambda: world.lost == ["p-0"])
+        assert world.actors["p-0"].handed_in
+        await world.until(lambda: world.works("p-0.2"))
 
     run(test)
 
