@@ -34,7 +34,7 @@ _DECIDED = (
 """Of a pool; its other settings are those of the recipe's first pool."""
 HALF_TOLERANCE = 0.15
 """weight_sync.verify_tolerance where the recipe has none and engines compute in half precision: the default is for float32."""
-_BARE = re.compile(r"^[A-Za-z0-9_-]+$")
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def planned_tables(raw: Mapping[str, Any], plan: Plan, cluster: Sequence[ClusterEntry]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _are_tables(value: Any) -> bool:
 
 
 def _key(name: str) -> str:
-    return name if _BARE.match(name) else _text(name)
+    return name if _BARE.fullmatch(name) else _text(name)
 
 
 def _text(text: str) -> str:

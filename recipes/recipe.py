@@ -24,7 +24,7 @@ from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, unknown_gpus
 from asyncrl.recipes.telemetry_config import TelemetryConfig
 from asyncrl.weight_sync.config import WeightSyncConfig
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
 

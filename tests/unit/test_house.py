@@ -44,6 +44,8 @@ PURE = (
     "generators/concurrency.py",
     "generators/in_flight.py",
     "generators/slots.py",
+    "learner/objective_config.py",
+    "learner/objective_needs.py",
     "generators/calculator.py",
     "recipes/gpus.py",
     "recipes/plan.py",

@@ -104,7 +104,7 @@ def test_the_multiplier_ascends_the_lagrangian_in_its_logarithm() -> None:
     log = torch.tensor(math.log(1.7), dtype=torch.float64, requires_grad=True)
     (log.exp() * (0.9 - 0.4)).backward()
     assert log.grad is not None
-    want = float((log + 0.3 * log.grad).exp())
+    want = (log + 0.3 * log.grad).exp().item()
     assert next_multiplier(1.7, 0.9, 0.4, 0.3, 10.0) == pytest.approx(want)
 
 

@@ -323,14 +323,13 @@ def test_a_weight_without_end_on_a_token_that_is_context_hurts_nobody(learner: O
 
 
 def test_groups_without_spread_have_no_signal_whatever_their_numbers(learner: Open, table: pa.Table) -> None:
-    """0.1 three times is not exactly 3 x 0.1: a difference in the last bit is no signal."""
+    """(0.1 + 0.1 + 0.1) / 3 is not 0.1: a difference in the last bit is no signal."""
     rows = table.to_pylist()
     for row in rows:
-        row["reward"] = 0.1 * (1 + row["group_id"]) if row["group_id"] < 2 else row["reward"]
-    metrics = learner(objective=DrGRPO(divisor_tokens=10)).train(
-        pa.Table.from_pylist(rows, schema=BATCH), VERSION
-    )
-    assert metrics.groups_without_signal == 0.5
+        row["reward"] = 0.0 if row["group_id"] < 2 else row["reward"]
+    every_answer = Overlong(free_tokens=1, ramp_tokens=1, penalty=0.1)
+    one = learner(objective=DrGRPO(divisor_tokens=10, overlong=every_answer))
+    assert one.train(pa.Table.from_pylist(rows, schema=BATCH), VERSION).groups_without_signal == 0.5
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,15 @@ def problems(*overrides, path=QUICKSTART):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gsm8k"])
+@pytest.mark.parametrize("name", ["quickstart", "gsm8k", "calculator"])
 def test_the_recipes_that_we_ship_are_sound(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
     assert recipe.run.name == name
     assert recipe_from(dump_recipe(recipe), "again") == recipe
+
+
+def test_a_name_ends_where_its_line_ends():
+    assert "run.name" in problems("run.name=x\\n")
 
 
 def test_every_problem_is_told_at_once():
