@@ -26,7 +26,7 @@ def test_the_recipes_that_we_ship_are_sound(name):
 
 
 def test_a_name_ends_where_its_line_ends():
-    assert "run.name" in problems("run.name=x\\n")
+    assert "run.name = 'x\\n'" in problems('run.name="x\\n"')
 
 
 def test_every_problem_is_told_at_once():
