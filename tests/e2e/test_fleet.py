@@ -104,7 +104,9 @@ def test_concurrency_engines_pause_and_drain_while_the_run_goes_on(tmp_path, mod
         run.wait_until(lambda: run.status()["snapshot"]["version"] > version + 1)
         run.command("scale", "--engines", "1")
         run.wait_for(r"^note +engine fake-\d is removed", times=2)
-        assert [e["engine_id"] for e in run.status()["snapshot"]["engines"]] == ["fake-0"]
+        run.wait_until(
+            lambda: [e["engine_id"] for e in run.status()["snapshot"]["engines"]] == ["fake-0"], timeout_s=10
+        )
         run.command("drain", "--pool", "fake")
         run.wait_until(lambda: engines(state="paused"), timeout_s=10)
         run.command("scale", "--concurrency", "auto")
