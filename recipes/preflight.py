@@ -45,7 +45,7 @@ def preflight(recipe: Recipe) -> Preflight:
     notes: list[str] = []
     model, model_problems = _model(recipe, notes)
     problems = [*model_problems, *_prompts(recipe), *_rewards(recipe)]
-    problems += [*_environment(recipe), *_engine_packages(recipe), *_ports()]
+    problems += [*_environment(recipe), *_engine_packages(recipe), *_ports(recipe)]
     if not recipe.run.ray_address:
         problems += [*_cores(recipe), *_gpus(recipe), *_memory(recipe, model), *_shared_memory(recipe, model)]
     return Preflight(problems=problems, notes=notes, model=model)
@@ -153,8 +153,8 @@ def usable_cores() -> int:
 
 def _cores(recipe: Recipe) -> Iterator[Problem]:
     pools = [p for p in recipe.pools if p.device == "cpu" and p.engine == "vllm"]
-    wanted = sum(p.engines * p.cores for p in pools)
-    parts = [f"{p.engines} x {p.cores} ({p.name})" for p in pools]
+    wanted = sum(p.engines_to_begin * p.cores for p in pools)
+    parts = [f"{p.engines_to_begin} x {p.cores} ({p.name})" for p in pools]
     if recipe.learner.device == "cpu":
         wanted += recipe.learner.ranks * recipe.learner.cores
         parts.append(f"{recipe.learner.ranks} x {recipe.learner.cores} (learner)")
@@ -169,8 +169,8 @@ def _cores(recipe: Recipe) -> Iterator[Problem]:
 
 def _gpus(recipe: Recipe) -> Iterator[Problem]:
     pools = [p for p in recipe.pools if p.device == "cuda" and p.engine == "vllm"]
-    wanted = sum(p.engines * p.tensor_parallel for p in pools)
-    parts = [f"{p.engines} x {p.tensor_parallel} ({p.name})" for p in pools]
+    wanted = sum(p.engines_to_begin * p.tensor_parallel for p in pools)
+    parts = [f"{p.engines_to_begin} x {p.tensor_parallel} ({p.name})" for p in pools]
     if recipe.learner.device == "cuda":
         wanted += recipe.learner.ranks
         parts.append(f"{recipe.learner.ranks} (learner)")
@@ -193,7 +193,9 @@ def local_gpus() -> int:
 
 def _memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
     caches = sum(
-        p.engines * p.kv_cache_bytes for p in recipe.pools if p.device == "cpu" and p.engine == "vllm"
+        p.engines_to_begin * p.kv_cache_bytes
+        for p in recipe.pools
+        if p.device == "cpu" and p.engine == "vllm"
     )
     wanted = caches
     if model is not None and recipe.learner.device == "cpu":
@@ -221,12 +223,25 @@ def _shared_memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem
         )
 
 
-def _ports() -> Iterator[Problem]:
-    """Every port is chosen by the system; what can be missing is loopback itself."""
-    try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-    except OSError as error:
+def _ports(recipe: Recipe) -> Iterator[Problem]:
+    """Every port is chosen by the system; what can be missing is loopback itself, or the address for commands."""
+    error = _cannot_listen("127.0.0.1")
+    if error:
         yield Problem(
             "run", "", f"no port can be opened on 127.0.0.1 ({error}): the parts of a run talk over it"
         )
+    host = recipe.run.control_host
+    error = _cannot_listen("0.0.0.0" if host == "*" else host)
+    if error:
+        advice = f'no port can be opened there ({error}): name an IP address of this machine, or "127.0.0.1" or "0.0.0.0"'
+        yield Problem("run.control_host", repr(host), advice)
+
+
+def _cannot_listen(host: str) -> str:
+    """Why no port can be opened on `host`; empty where one can."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        return str(error)
+    return ""

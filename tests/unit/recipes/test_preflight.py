@@ -51,10 +51,17 @@ def test_a_sound_recipe_has_no_problem_and_knows_the_model(tmp_path):
         (["prompts.task={ max_terms = 1 }"], "prompts.source = 'sums:train'"),
         (["prompts.prompt_field=text"], "prompts.source = 'sums:train'"),
         (['rewards.terms=[{ function = "sum" }]'], "rewards.terms[0].function = 'sum'"),
+        (["run.control_host=203.0.113.7"], "run.control_host = '203.0.113.7': no port can be opened there"),
     ],
 )
 def test_each_lack_is_named(tmp_path, overrides, words):
     assert any(words in problem for problem in found(tmp_path, *overrides))
+
+
+def test_a_run_needs_room_for_the_engines_that_it_begins_with(tmp_path):
+    few = ("pools.0.engines=9999", "pools.0.min_engines=1", "pools.0.kv_cache_bytes=1048576")
+    assert found(tmp_path, *few) == []
+    assert any("9999 x 1 (small)" in problem for problem in found(tmp_path, *few, "pools.0.min_engines=0"))
 
 
 def test_an_environment_is_loaded_with_the_model_s_tokenizer(tmp_path):
