@@ -18,8 +18,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from asyncrl.runtime import control_wire as wire
-    from asyncrl.runtime.control import Concurrency
     from asyncrl.runtime.control_target import Target
+    from asyncrl.runtime.facts import Concurrency
 
 _ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _TEXTS = {

@@ -11,13 +11,12 @@ import time
 from asyncrl.runtime.bottleneck import bottleneck
 from asyncrl.runtime.control import (
     CommandRefused,
-    Concurrency,
     RunStatus,
     WrongCommand,
     check_scale,
     pools_meant,
 )
-from asyncrl.runtime.facts import RunState
+from asyncrl.runtime.facts import Concurrency, RunState
 from asyncrl.runtime.fleet import Fleet
 from asyncrl.runtime.supervisor import Supervisor
 
@@ -43,11 +42,12 @@ class RunCommands:
     async def scale(self, pool: str | None, concurrency: Concurrency | None, engines: int | None) -> str:
         fleet = self._fleet()
         names = check_scale(list(fleet.pools), pool, concurrency, engines)
+        if concurrency is not None:
+            _check_slots(fleet, names, concurrency)  # before anything is changed
         said = []
         if engines is not None:
             said.append(self._scale_engines(fleet, names[0], engines))
         if concurrency is not None:
-            _check_slots(fleet, names, concurrency)
             await fleet.set_concurrency(names, concurrency)
             slots = "as many slots as serve (auto)" if concurrency == "auto" else f"{concurrency} slots"
             said.append(f"{', '.join(names)}: {slots} in each engine")
@@ -70,7 +70,7 @@ class RunCommands:
         return f"{name}: {before} -> {engines} engines" + (f" ({', '.join(moves)})" if moves else "")
 
     async def pause(self) -> str:
-        await self._fleet().pause()
+        await self._fleet().set_paused(True)
         return self._now("paused", "paused: the engines hand their rollouts back and hold still")
 
     async def go_on(self) -> str:
@@ -91,6 +91,7 @@ class RunCommands:
             return text
         self._supervisor.draining = True
         await self._supervisor.stop_feeding()
+        await fleet.set_paused(False)  # what is under way is to be finished
         return self._now(
             "draining", "draining: no new prompts; what is under way is trained, then the run ends"
         )

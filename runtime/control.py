@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
-from asyncrl.runtime.facts import Snapshot
+from asyncrl.runtime.facts import Concurrency, Snapshot
 
 COMMAND_S = 30.0
 """A command that has not answered after so long is cancelled."""
-Concurrency = int | Literal["auto"]
 
 
 class CommandRefused(RuntimeError):

@@ -28,7 +28,3 @@ class Deaths:
         """How long to wait before the next start: twice as long after each of the recent deaths."""
         recent = sum(now - time <= self.within_s for time in self._times)
         return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** max(0, recent - 1))
-
-    def forgive(self) -> None:
-        """Somebody repaired the cause: what happened before does not count any more."""
-        self._times.clear()

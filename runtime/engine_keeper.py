@@ -70,7 +70,7 @@ class EngineKeeper:
     def __init__(self, run: Run, pool_index: int, index: int, limit: int, slots: int) -> None:
         self._run = run
         self.pool: PoolConfig = run.recipe.pools[pool_index]
-        self.pool_index, self.index = pool_index, index
+        self.pool_index = pool_index
         self.name = f"{self.pool.name}-{index}"
         self.deaths = Deaths(self.pool.max_deaths, self.pool.deaths_within_s)
         self.state: EngineState = "waiting for room"
@@ -115,7 +115,8 @@ class EngineKeeper:
                 return
             now = time.monotonic()
             again_s = None if self.deaths.one_too_many(now) else self.deaths.wait_s(now)
-            self._be("dead" if again_s is None else "restarting", error.short or str(error))
+            if again_s is None:
+                self._be("dead", error.cause)
             self._run.died(self, error, again_s)
             if again_s is None:
                 return
@@ -225,7 +226,7 @@ class EngineKeeper:
         """`error`: what it died of. Its leases are free before anything else, for others to go on with."""
         if actor is not None:
             if error is not None:
-                self._be("restarting", error.short or str(error))
+                self._be("restarting", error.cause)
                 await self._run.buffer.engine_lost(self.engine_id, for_good=True)
             if error is None or not error.process_died:
                 with contextlib.suppress(PartFailed):

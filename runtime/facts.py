@@ -30,6 +30,8 @@ EngineState = Literal[
 """joining: it is up and takes the present weights. restarting: it died and is started again after a while."""
 PoolState = Literal["starting", "serving", "short", "failed"]
 """short: it serves with fewer engines than wanted."""
+Concurrency = int | Literal["auto"]
+"""Slots per engine, as set."""
 RunState = Literal["starting", "running", "paused", "draining", "stopping"]
 LearnerState = Literal["starting", "waiting for rollouts", "training", "publishing"]
 
@@ -149,8 +151,7 @@ class PoolFacts(msgspec.Struct, frozen=True, kw_only=True):
     state: PoolState
     engines_wanted: int
     engines_serving: int
-    concurrency: int | Literal["auto"]
-    """As set: slots per engine."""
+    concurrency: Concurrency
     reason: str = ""
     """Why it failed or is short; with `auto` the controller's last change and why."""
 

@@ -17,8 +17,7 @@ from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.recipes import Recipe
 from asyncrl.runtime import fleet_rules
 from asyncrl.runtime.engine_keeper import EngineKeeper
-from asyncrl.runtime.facts import EngineFacts, EngineState, PoolFacts
-from asyncrl.runtime.fleet_rules import Concurrency
+from asyncrl.runtime.facts import Concurrency, EngineFacts, EngineState, PoolFacts
 from asyncrl.runtime.placement import RESERVE_S, no_room
 from asyncrl.runtime.watch import PartFailed, Watch
 
@@ -125,15 +124,16 @@ class Fleet:
                     keeper.limit = concurrency
         await self.apply_slots()
 
-    async def pause(self) -> None:
-        self.paused = True
+    async def set_paused(self, paused: bool) -> None:
+        """Drained pools stay so."""
+        self.paused = paused
         await self.apply_slots()
 
     async def go_on(self) -> None:
-        self.paused = False
+        """No pause and no drained pool any more."""
         for pool in self.pools.values():
             pool.drained = False
-        await self.apply_slots()
+        await self.set_paused(False)
 
     async def drain(self, name: str) -> None:
         self.pools[name].drained = True
@@ -167,10 +167,8 @@ class Fleet:
         return engines, [self._pool_facts(pool) for pool in self.pools.values()]
 
     def _pool_facts(self, pool: Pool) -> PoolFacts:
-        silent = ("serving", "idle", "updating", "paused")
-        reasons = [
-            f"{k.name}: {k.reason}" for k in pool.keepers.values() if k.reason and k.state not in silent
-        ]
+        down = [k for k in pool.keepers.values() if k.state not in fleet_rules.UP]
+        reasons = [f"{k.name}: {k.reason}" for k in down if k.reason]
         return fleet_rules.pool_facts(
             pool.config,
             pool.states,
@@ -238,15 +236,12 @@ class Fleet:
         self.moved()
 
     def _check_room(self) -> None:
-        waiting = [k for k in self.keepers() if k.state == "waiting for room"]
         for pool in self.pools.values():
-            missing = pool.config.engines_to_begin - (
-                len(pool.keepers) - sum(k in waiting for k in pool.keepers.values())
-            )
+            waiting = [k for k in pool.keepers.values() if k.state == "waiting for room"]
+            missing = pool.config.engines_to_begin - (len(pool.keepers) - len(waiting))
             if missing > 0:
-                wanted = (
-                    f"{missing} more engines of pool {pool.config.name}, each of which {waiting[0].reason}"
-                )
+                each = waiting[0].reason
+                wanted = f"{missing} more engines of pool {pool.config.name}, each of which {each}"
                 raise no_room(wanted, "Lower engines, ranks or cores, or set min_engines to begin with fewer")
 
     async def _change(self, timeout_s: float) -> None:

@@ -6,12 +6,10 @@ Called by `fleet`, which acts on it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from asyncrl.generators.config import PoolConfig
-from asyncrl.runtime.facts import EngineState, PoolFacts, PoolState
-
-Concurrency = int | Literal["auto"]
+from asyncrl.runtime.facts import Concurrency, EngineState, PoolFacts, PoolState
 
 UP: Final = frozenset({"serving", "idle", "updating", "paused"})
 """States in which an engine has the present weights and may work."""

@@ -23,22 +23,17 @@ async def evaluate(fleet: Fleet, prompts: list[Prompt], label: str, timeout_s: f
         async with asyncio.timeout(timeout_s):
             while left:
                 up = [keeper for keeper in fleet.keepers() if keeper.actor is not None]
-                shares = [left[i :: len(up)] for i in range(len(up))]
-                results = await asyncio.gather(
-                    *(_answer(fleet, k, s, label) for k, s in zip(up, shares, strict=True) if s),
-                    return_exceptions=True,
-                )
+                if not up:
+                    await asyncio.sleep(_LOOK_S)
+                    continue
+                shares = [share for i in range(len(up)) if (share := left[i :: len(up)])]
+                asked = (_answer(fleet, k, share, label) for k, share in zip(up, shares, strict=False))
                 left = []
-                for share, result in zip(shares, results, strict=False):
+                for share, result in zip(shares, await asyncio.gather(*asked), strict=True):
                     if isinstance(result, Evaluation):
                         found.append(result)
-                    elif isinstance(result, PartFailed):
-                        failure, left = result, left + share
                     else:
-                        raise result
-                if not up or left:
-                    left = left or list(prompts)
-                    await asyncio.sleep(_LOOK_S)
+                        failure, left = result, left + share
     except TimeoutError:
         if failure is not None:
             raise failure from None
@@ -46,8 +41,15 @@ async def evaluate(fleet: Fleet, prompts: list[Prompt], label: str, timeout_s: f
     return found
 
 
-async def _answer(fleet: Fleet, keeper: EngineKeeper, prompts: list[Prompt], label: str) -> Evaluation:
-    answer: Evaluation = await fleet.watch.outcome(
-        keeper.engine_id, keeper.actor.evaluate.remote(prompts, label)
-    )
-    return answer
+async def _answer(
+    fleet: Fleet, keeper: EngineKeeper, prompts: list[Prompt], label: str
+) -> Evaluation | PartFailed:
+    """Or what its engine died of, a little later: its keeper is about to find it dead."""
+    try:
+        answer: Evaluation = await fleet.watch.outcome(
+            keeper.engine_id, keeper.actor.evaluate.remote(prompts, label)
+        )
+        return answer
+    except PartFailed as error:
+        await asyncio.sleep(_LOOK_S)
+        return error

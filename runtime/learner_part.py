@@ -118,6 +118,8 @@ class LearnerPart:
 
     def read(self, timeout_s: float) -> bool:
         """Takes the next batch from the buffer; False when there was none yet."""
+        if self._welcomer is not None:
+            self._welcomer.check()
         if self._batch is None:
             self._batch = self._client().read_batch(timeout_s)
         return self._batch is not None

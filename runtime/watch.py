@@ -19,10 +19,12 @@ from asyncrl.runtime.run_folder import RunFolder
 class PartFailed(RuntimeError):
     """A part of the run broke or died: which, its traceback, the end of its log."""
 
-    process_died = False
-    """The process is gone, which says nothing against what it ran: it may be started again."""
-    short = ""
-    """The cause in one line."""
+    def __init__(self, report: str, *, cause: str = "", process_died: bool = False) -> None:
+        super().__init__(report)
+        self.cause = cause or _first_line(report)
+        """In one line."""
+        self.process_died = process_died
+        """The process is gone, which says nothing against what it ran: it may be started again."""
 
 
 class Stopped(Exception):
@@ -42,10 +44,6 @@ class Watch:
         task = self._watched[part] = asyncio.create_task(work, name=part)
         return task
 
-    def part(self, part: str, reference: Any) -> None:
-        """Watches a part's long call."""
-        self.add(part, self.outcome(part, reference))
-
     def remove(self, part: str) -> asyncio.Task[Any] | None:
         """It may end now."""
         return self._watched.pop(part, None)
@@ -55,10 +53,9 @@ class Watch:
         try:
             return await reference
         except ray.exceptions.RayError as error:
-            failed = PartFailed(self.report(part, str(error)))
-            failed.process_died = isinstance(error, ray.exceptions.RayActorError)
-            failed.short = _cause(error)
-            raise failed from error
+            died = isinstance(error, ray.exceptions.RayActorError)
+            report = self.report(part, str(error))
+            raise PartFailed(report, cause=_cause(error), process_died=died) from error
 
     async def call(self, part: str, reference: Any, timeout_s: float) -> Any:
         try:
@@ -99,18 +96,20 @@ class Watch:
 
     def failed(self, part: str, why: str) -> PartFailed:
         """For a part that is found to be of no use while its calls go on."""
-        failed = PartFailed(self.report(part, why))
-        failed.short = next(iter(why.strip().splitlines()), "")
-        return failed
+        return PartFailed(self.report(part, why), cause=_first_line(why))
 
     def report(self, part: str, error: str) -> str:
         """The part's own traceback is within Ray's error text; the log's tail shows what its children said."""
-        log = tail(self.folder.log(part.removesuffix(" dispatcher")))
+        log = tail(self.folder.log(part))
         return f"{part} failed: {error}\n--- the end of its log ({self.folder.logs}) ---\n{log}"
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
 
 
 def _cause(error: ray.exceptions.RayError) -> str:
     """One line: what was raised where the call ran; a process that is gone raised nothing."""
     cause = getattr(error, "cause", None) or error
-    text = next(iter(str(cause).strip().splitlines()), "")
+    text = _first_line(str(cause))
     return text if cause is error else f"{type(cause).__name__}: {text}"

@@ -4,7 +4,7 @@ Invariants
 ----------
 - Publisher and socket are used under one lock: by this thread, or by whoever holds `paused()`.
 - Who wants `paused()` waits for engines that apply, never for engines that stage: those take the next version instead.
-- An error ends the thread and is raised by the next `paused()`.
+- An error ends the thread and is raised by the next `paused()` or `check()`.
 Made by the learner's rank 0 once the first engines have joined.
 """
 
@@ -56,13 +56,16 @@ class Welcomer:
         self._wanted.set()
         try:
             with self._lock:
-                if self._error is not None:
-                    raise WeightSyncError(
-                        f"welcoming engines ended with an error: {self._error}"
-                    ) from self._error
+                self.check()
                 yield
         finally:
             self._wanted.clear()
+
+    def check(self) -> None:
+        """Raises what ended the thread, if anything did. Nobody would bring engines to the present version any more, and who
+        waits for their rollouts would wait in vain."""
+        if self._error is not None:
+            raise WeightSyncError(f"welcoming engines ended with an error: {self._error}") from self._error
 
     def take_reports(self) -> list[SyncReport]:
         """The welcomes since the last call."""

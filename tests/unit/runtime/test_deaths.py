@@ -29,13 +29,6 @@ def test_each_recent_death_doubles_the_wait():
     assert deaths.wait_s(500.0) == FIRST_WAIT_S
 
 
-def test_what_is_forgiven_does_not_count():
-    deaths = Deaths(most=1, within_s=100.0)
-    assert not deaths.one_too_many(0.0)
-    deaths.forgive()
-    assert not deaths.one_too_many(1.0) and deaths.one_too_many(2.0)
-
-
 @pytest.mark.parametrize("most", [0, 3])
 def test_the_total_is_since_the_beginning(most):
     deaths = Deaths(most=most, within_s=0.5)

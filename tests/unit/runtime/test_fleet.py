@@ -113,7 +113,8 @@ class Actor:
 class World:
     """A fleet, its scripted machines, and what it noted."""
 
-    def __init__(self, tmp_path, monkeypatch, *pools, room=100):
+    def __init__(self, tmp_path, monkeypatch, *pools, room=100, again_s=0.01):
+        self.again_s = again_s
         self.room, self.start_errors, self.start_s = room, [], 0.0
         self.actors, self.notes, self.lost, self.ended = {}, [], [], []
         recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", [])
@@ -148,7 +149,7 @@ class World:
 
         monkeypatch.setattr(engine_keeper, "EngineRoom", Room)
         monkeypatch.setattr(engine_keeper, "end_actor", lambda actor: world.ended.append(actor.engine_id))
-        monkeypatch.setattr(deaths, "FIRST_WAIT_S", 0.01)
+        monkeypatch.setattr(deaths, "FIRST_WAIT_S", self.again_s)
         monkeypatch.setattr(engine_keeper, "_LOOK_S", 0.01)
         self.watch = Watch(folder, asyncio.Event())
         self.fleet = fleet.Fleet(self.recipe, "folder", "run", self.watch, self, None, self.notes.append)
@@ -354,7 +355,7 @@ def test_slots_are_set_paused_drained_and_given_back(run):
         assert told() == {64}
         await world.fleet.set_concurrency(["p"], 8)
         assert told() == {8}
-        await world.fleet.pause()
+        await world.fleet.set_paused(True)
         assert told() == {0}
         await world.fleet.set_concurrency(["p"], 16)
         assert told() == {0}  # paused is paused
@@ -396,3 +397,19 @@ def test_what_a_dying_engine_leaves_of_an_evaluation_goes_to_the_others(run):
         assert sum(len(part.rewards) for part in found) == 9
 
     run(test)
+
+
+def test_an_evaluation_waits_for_the_next_engine_and_asks_for_nothing_twice(run):
+    """One engine of two answers its share, then both are gone: what is left is asked of the one that comes back."""
+
+    async def test(world):
+        await world.begin()
+        asking = asyncio.create_task(evaluate(world.fleet, list(range(9)), "0", 20.0))
+        await asyncio.sleep(0)
+        world.kill("p-0")
+        await asyncio.sleep(0.05)  # p-1 has answered
+        world.kill("p-1")
+        found = await asking
+        assert sum(len(part.rewards) for part in found) == 9
+
+    run(test, PoolConfig(name="p", engines=2, engine="fake", max_deaths=5), again_s=1.5)

@@ -265,6 +265,8 @@ def test_what_ends_the_welcomer_is_raised_where_the_learner_sees_it(publisher):
     deadline = time.monotonic() + 10
     while welcomer._thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
+    with pytest.raises(WeightSyncError, match="welcoming engines ended with an error"):
+        welcomer.check()
     with pytest.raises(WeightSyncError, match="welcoming engines ended with an error"), welcomer.paused():
         pass
     welcomer.close()
