@@ -114,7 +114,11 @@ def test_concurrency_engines_pause_and_drain_while_the_run_goes_on(tmp_path, mod
         assert "no pool 'fast'" in run.command("scale", "--pool", "fast", "--engines", "1", expect=2)
         assert "is built for" in run.command("scale", "--concurrency", "1000", expect=2)
         assert "no engine would be left" in run.command("scale", "--engines", "0", expect=1)
-        run.command("drain")
+        run.command("scale", "--engines", "2", "--concurrency", "1000", expect=2)  # all of it or nothing
+        assert run.status()["snapshot"]["pools"][0]["engines_wanted"] == 1
+        run.command("pause")
+        run.wait_until(lambda: engines(state="paused"), timeout_s=10)
+        run.command("drain")  # what is under way is finished, so the pause is over
         assert run.end(60) == 0, run.text
     assert run.summary["outcome"] == "drained" and run.summary["conservation"]["holds"]
     check_tails(run.folder)
