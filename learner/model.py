@@ -1,8 +1,8 @@
 """A Hugging Face causal LM under FSDP2: loading, sharding, and the one forward pass the learner needs.
 
 Invariants:
-- One path for every size: `fully_shard` on each decoder layer and on the root, on CPU (gloo) and CUDA (NCCL), at 1 rank too.
-- Masters are float32; compute follows the configured dtype; gradients are reduced in float32.
+- Sharding has a module of its own, `sharding`: one path for every size, 1 rank too; masters are float32.
+- Rollouts run packed, and attention does not cross them (`attention`).
 - `Policy.parameters()` are the sharded masters between passes. A pass without backward leaves modules whole, so every such
   pass goes through `logprobs_no_grad`, which shards them again: else the next pass would run on old weights.
 - No dropout: a token's logprob is a function of weights and context alone, as in the engines.
@@ -12,17 +12,16 @@ Called by `step` and `sft`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from asyncrl.learner import attention
 from asyncrl.learner.logprobs import token_logprobs, token_logprobs_and_entropies
-
-Dtype = Literal["float32", "bfloat16"]
+from asyncrl.learner.rows import MicroBatch
+from asyncrl.learner.sharding import Dtype, decoder_layers, reshard, shard
 
 
 class Policy(nn.Module):
@@ -33,39 +32,32 @@ class Policy(nn.Module):
         self.lm = lm
         self._parts = _Parts(lm)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        predictors: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        with_entropy: bool = False,
-    ) -> torch.Tensor:
-        """Logprobs of `targets`: [tokens] float32; `with_entropy` [2, tokens], the entropies of their distributions below them.
-
-        Args:
-            input_ids: [rows, longest], padded on the right. Causal attention never looks right, so no mask is needed.
-            predictors: [tokens] positions in the flattened `input_ids` whose output predicts the target.
-            targets: [tokens].
-            temperature: the sampling temperature; logits are divided by it.
-        """
-        out = self._parts.decoder(input_ids=input_ids, attention_mask=None, use_cache=False)
-        hidden: torch.Tensor = out.last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, predictors)
+    def forward(self, part: MicroBatch, temperature: float, with_entropy: bool = False) -> torch.Tensor:
+        """Logprobs of `part.targets`: [tokens] float32; `with_entropy` [2, tokens], the entropies of their distributions below
+        them. `temperature` is the sampling temperature: logits are divided by it."""
+        hidden = self._hidden(part)
         weight = self._parts.head.weight
         if with_entropy:
-            return torch.stack(token_logprobs_and_entropies(hidden, weight, targets, temperature))
-        return token_logprobs(hidden, weight, targets, temperature)
+            return torch.stack(token_logprobs_and_entropies(hidden, weight, part.targets, temperature))
+        return token_logprobs(hidden, weight, part.targets, temperature)
 
-    def logprobs_no_grad(
-        self, input_ids: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, temperature: float
-    ) -> torch.Tensor:
+    def _hidden(self, part: MicroBatch) -> torch.Tensor:
+        """[tokens, width]: the output at the position before each token."""
+        out = self._parts.decoder(
+            input_ids=part.input_ids,
+            position_ids=part.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            packing=part.packing,
+        )
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden[0].index_select(0, part.predictors)
+
+    def logprobs_no_grad(self, part: MicroBatch, temperature: float) -> torch.Tensor:
         """As `forward`, with no graph; whatever the pass left whole is sharded again. A collective."""
         with torch.no_grad():
-            out: torch.Tensor = self(input_ids, predictors, targets, temperature)
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            out: torch.Tensor = self(part, temperature)
+        reshard(self)
         return out
 
 
@@ -97,29 +89,10 @@ def load_policy(path: str | Path, mesh: DeviceMesh, dtype: Dtype) -> Policy:
 
     Raises ValueError for models whose logits are not `hidden @ weight.T` (a head with bias, capped logits).
     """
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    return shard_policy(lm, mesh, dtype)
-
-
-def shard_policy(lm: PreTrainedModel, mesh: DeviceMesh, dtype: Dtype) -> Policy:
-    """Shards a loaded model over `mesh`: one group per decoder layer, the rest (embeddings, norm, head) in the root."""
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
     policy = Policy(lm)
-    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    # One rank holds every byte anyway: freeing the whole layers after forward would save nothing but a copy.
-    reshard: bool = mesh.size() > 1
-    for layer in decoder_layers(lm):
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    shard(policy, decoder_layers(lm), mesh, dtype)
     return policy.eval()
-
-
-def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: the one ModuleList with an entry per hidden layer."""
-    wanted = lm.config.get_text_config().num_hidden_layers
-    lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    if not lists:
-        raise ValueError(f"{type(lm).__name__} has no list of its {wanted} decoder layers to shard")
-    return lists[0]
 
 
 def checkpoint_parameters(policy: Policy) -> dict[str, nn.Parameter]:

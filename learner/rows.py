@@ -7,10 +7,12 @@ Nothing here loops over tokens in Python. Called by `batch` and `sft`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from asyncrl.learner.attention import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,27 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward pass. An empty one (no tokens) still runs: other ranks wait in its collectives."""
+    """One forward pass over rollouts in one row. An empty one (no tokens) still runs: other ranks wait in its collectives."""
 
     input_ids: torch.Tensor
-    """[rows, longest - 1] int64: without each row's last token, which predicts nothing."""
+    """[1, positions] int64: rollout after rollout, each without its last token, which predicts nothing."""
+    position_ids: torch.Tensor
+    """[1, positions] int64: from 0 in each rollout."""
+    packing: Packing
+    """Where each rollout ends."""
     predictors: torch.Tensor
-    """[tokens] int64: place in the flattened input_ids whose output predicts the token."""
+    """[tokens] int64: the position whose output predicts the token."""
     targets: torch.Tensor
     """[tokens] int64"""
     place: torch.Tensor
     """[tokens] int64: where the token is among all answer tokens."""
     padding: int
-    """Padded positions among rows x longest."""
+    """Positions that are computed for nothing."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`."""
+        names = ("input_ids", "position_ids", "predictors", "targets", "place")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def rows_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
@@ -73,30 +84,37 @@ def rows_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
 
 
 def assemble(rows: Rows, chosen: np.ndarray) -> MicroBatch:
-    """The forward pass over the rows `chosen`, padded on the right to the longest of them."""
+    """The forward pass over the rows `chosen`, one after the other."""
     if not len(chosen):
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), nothing, nothing, nothing, 0)
+        return _nothing()
     prompt = np.diff(rows.prompt_starts)[chosen]
     answer = rows.answer_lengths[chosen]
-    longest = int((prompt + answer).max())
-    grid = np.zeros((len(chosen), longest), dtype=np.int64)
-    flat = grid.reshape(-1)
-    row_start = np.arange(len(chosen)) * longest
-    flat[_ranges(row_start, prompt)] = rows.prompts[_ranges(rows.prompt_starts[chosen], prompt)]
     place = _ranges(rows.answer_starts[chosen], answer)
     targets = rows.answers[place].astype(np.int64)
-    flat[_ranges(row_start + prompt, answer)] = targets
-    # Without the last column each row is one shorter, and a token is predicted from the position before it.
-    width = max(longest - 1, 1)
-    predictors = _ranges(np.arange(len(chosen)) * width + prompt - 1, answer)
+    ends = np.cumsum(prompt + answer)
+    starts = ends - prompt - answer
+    whole = np.empty(int(ends[-1]), dtype=np.int64)
+    whole[_ranges(starts, prompt)] = rows.prompts[_ranges(rows.prompt_starts[chosen], prompt)]
+    whole[_ranges(starts + prompt, answer)] = targets
+    # Without its last token each rollout is one shorter, and a token is predicted from the position before it. One of a
+    # single token keeps it, since a rollout of no positions is none to attention.
+    lengths = np.maximum(prompt + answer - 1, 1)
+    first = np.cumsum(lengths) - lengths
     return MicroBatch(
-        input_ids=torch.from_numpy(np.ascontiguousarray(grid[:, :width])),
-        predictors=torch.from_numpy(predictors),
+        input_ids=torch.from_numpy(whole[_ranges(starts, lengths)])[None],
+        position_ids=torch.from_numpy(_ranges(np.zeros_like(lengths), lengths))[None],
+        packing=Packing(tuple(lengths.tolist())),
+        predictors=torch.from_numpy(_ranges(first + prompt - 1, answer)),
         targets=torch.from_numpy(targets),
         place=torch.from_numpy(place),
-        padding=int(grid.size - (prompt + answer).sum()),
+        padding=0,
     )
+
+
+def _nothing() -> MicroBatch:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros((1, 1), dtype=torch.int64)
+    return MicroBatch(one, one, Packing((1,)), nothing, nothing, nothing, padding=1)
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -171,7 +171,7 @@ def _gradients(policy: Policy, rows: Rows, imitated: torch.Tensor, device: torch
     total, count = 0.0, int(imitated.sum())
     for chosen in divide(rows.lengths, TOKENS_PER_PASS, 1)[0]:
         part = assemble(rows, chosen)
-        logprobs = policy(part.input_ids.to(device), part.predictors.to(device), part.targets.to(device), 1.0)
+        logprobs = policy(part.to(device), 1.0)
         loss = -logprobs[imitated[part.place].to(device)].sum() / count
         loss.backward()
         total += float(loss.detach())

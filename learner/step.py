@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from asyncrl.learner.aggregation import weighted_sum
 from asyncrl.learner.batch import Batch, make_microbatches, read_table, split_groups
@@ -33,9 +32,10 @@ from asyncrl.learner.metrics import StepMetrics, learning_figures, mismatch_figu
 from asyncrl.learner.model import checkpoint_parameters, load_policy
 from asyncrl.learner.objective import token_losses
 from asyncrl.learner.objective_needs import missing_parts, needs_of
-from asyncrl.learner.optimizer import adamw, set_learning_rate, warmed_up_then_decayed
+from asyncrl.learner.optimizer import adamw
 from asyncrl.learner.preparation import fresh_columns
-from asyncrl.learner.rows import MicroBatch
+from asyncrl.learner.rows import MicroBatch, assemble, rows_of
+from asyncrl.learner.trained import Schedule, Trained
 from asyncrl.learner.weights import save_folder, whole
 from asyncrl.weight_sync.plan import Bucket, Plan, make_plan
 
@@ -77,11 +77,17 @@ class Learner:
         self._needs = needs_of(config.objective)
         self._device = this_device(config.device)
         self._policy = load_policy(model_path, mesh, config.dtype)
-        self._parameters = checkpoint_parameters(self._policy)
-        self._optimizer = adamw(
-            self._parameters.values(), (config.adam_beta1, config.adam_beta2), config.weight_decay
-        )
-        self._steps_taken = 0
+        parameters = checkpoint_parameters(self._policy)
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.trained = {
+            "policy": Trained(
+                module=self._policy,
+                parameters=parameters,
+                optimizer=adamw(parameters.values(), betas, config.weight_decay),
+                schedule=Schedule(config.learning_rate, config.warmup_steps, config.decay_steps),
+            )
+        }
+        """By name: all that an optimizer moves."""
         self._seconds = {"forward_s": 0.0, "backward_s": 0.0, "optimizer_s": 0.0, "gather_s": 0.0}
 
     def train(self, table: pa.Table | None, version: int) -> StepMetrics:
@@ -114,8 +120,8 @@ class Learner:
         return StepMetrics(
             loss=float(np.mean(losses)),
             grad_norm=float(np.mean(norms)),
-            learning_rate=self._optimizer.param_groups[0]["lr"],
-            optimizer_steps=float(self._steps_taken),
+            learning_rate=self.trained["policy"].learning_rate,
+            optimizer_steps=float(self.trained["policy"].steps_taken),
             tokens_padded=self._padding(passes),
             step_s=seconds,
             tokens_per_s=figures["tokens_total"] / seconds,
@@ -134,7 +140,7 @@ class Learner:
         """
         specs = [
             (name, wire_dtype or str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape))
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.trained["policy"].parameters.items()
         ]
         return make_plan(specs, bucket_bytes)
 
@@ -144,19 +150,18 @@ class Learner:
         Valid until the next `train`: on one rank they may be the masters themselves.
         """
         start = self._clock()
+        parameters = self.trained["policy"].parameters
         tensors = {
-            spec.name: whole(self._parameters[spec.name], getattr(torch, spec.dtype))
-            for spec in bucket.tensors
+            spec.name: whole(parameters[spec.name], getattr(torch, spec.dtype)) for spec in bucket.tensors
         }
         self._seconds["gather_s"] += self._clock() - start
         return tensors
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         """Logprob of each token after the first at temperature 1: [len(tokens) - 1]. A collective, same tokens on all ranks."""
-        row = torch.tensor([tokens], device=self._device)
-        places = torch.arange(len(tokens) - 1, device=self._device)
-        out = self._policy.logprobs_no_grad(row[:, :-1], places, row[0, 1:], 1.0)
-        return [float(value) for value in out.cpu()]
+        rows = rows_of([(tokens[:1], tokens[1:])])
+        part = assemble(rows, np.zeros(1, dtype=np.int64)).to(self._device)
+        return [float(value) for value in self._policy.logprobs_no_grad(part, 1.0).cpu()]
 
     def save(self, folder: str | Path) -> None:
         """Writes a Hugging Face folder, atomically, on rank 0. A collective. Raises FileExistsError if it is there."""
@@ -178,8 +183,8 @@ class Learner:
         start = self._clock()
         mine = torch.zeros_like(columns.current)
         for part in (part for minibatch in passes for part in minibatch):
-            out = self._policy.logprobs_no_grad(*self._inputs(part), self._temperature)
-            mine[part.place.to(self._device)] = out
+            part = part.to(self._device)
+            mine[part.place] = self._policy.logprobs_no_grad(part, self._temperature)
         dist.all_reduce(mine)
         places = torch.from_numpy(batch.sequences.tokens_of(np.concatenate(later))).to(self._device)
         columns.proximal[places] = mine[places]
@@ -207,8 +212,9 @@ class Learner:
 
     def _micro_batch(self, part: MicroBatch, columns: Columns, mine: torch.Tensor, *, first: bool) -> None:
         start = self._clock()
-        place = part.place.to(self._device)
-        out = self._policy(*self._inputs(part), self._temperature, with_entropy=self._needs.entropy)
+        part = part.to(self._device)
+        place = part.place
+        out = self._policy(part, self._temperature, with_entropy=self._needs.entropy)
         out = out.view(1 + self._needs.entropy, len(place))
         mine[:, place] = out.detach()
         own = columns.at(place)
@@ -231,36 +237,22 @@ class Learner:
         losses = token_losses(self._config.objective, own)
         wrong = places[~losses.isfinite() & own.trainable]
         if len(wrong):
-            self._optimizer.zero_grad()
+            self.trained["policy"].forget_gradients()
             rows = np.unique(batch.sequences.row_of_token()[wrong.cpu().numpy()])
             raise NonFiniteLoss(f"loss is not finite on {len(wrong)} tokens of {_named(batch, rows)}")
         return float(weighted_sum(losses.double(), own.weights))
 
     def _take_step(self, batch: Batch, rows: np.ndarray, *, skip: bool) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
-        size = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        policy = self.trained["policy"]
+        size = policy.clip(self._config.max_grad_norm)
         if not np.isfinite(size):
-            self._optimizer.zero_grad()
+            policy.forget_gradients()
             raise NonFiniteLoss(f"gradient norm is {size} on {_named(batch, rows)}")
-        if not skip:
-            self._steps_taken += 1
-            rate = warmed_up_then_decayed(
-                self._config.learning_rate,
-                self._steps_taken,
-                self._config.warmup_steps,
-                self._config.decay_steps,
-            )
-            set_learning_rate(self._optimizer, rate)
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+        if skip:
+            policy.forget_gradients()
+        else:
+            policy.step()
         return size
-
-    def _inputs(self, part: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (
-            part.input_ids.to(self._device),
-            part.predictors.to(self._device),
-            part.targets.to(self._device),
-        )
 
     def _padding(self, passes: list[list[MicroBatch]]) -> float:
         mine = sum(part.padding for minibatch in passes for part in minibatch)

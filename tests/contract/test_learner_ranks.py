@@ -94,7 +94,8 @@ GRADIENTS = textwrap.dedent(
             start_timeout_s=60, step_timeout_s=60,
         )
         learner = Learner(config, folder, 0.9, rank, ranks, address)
-        learner._optimizer = torch.optim.SGD(learner._parameters.values(), lr=0.1)  # so that changes are gradients
+        policy = learner.trained["policy"]
+        policy.optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.1)  # so that changes are gradients
         gather = lambda: {n: t.clone() for b in learner.plan(20_000).buckets for n, t in learner.gather(b).items()}
         before = gather()
         table = pa.ipc.open_file(str(Path(folder) / "batch-0")).read_all() if rank == 0 else None

@@ -85,22 +85,17 @@ def test_a_forward_pass_predicts_each_answer_token_from_what_came_before(
     pairs: list[tuple[list[int], list[int]]],
 ) -> None:
     part = assemble(rows_of(pairs), np.arange(len(pairs)))
-    width = part.input_ids.shape[1]
-    want = [
-        (row, len(prompt) - 1 + j, token)
-        for row, (prompt, answer) in enumerate(pairs)
-        for j, token in enumerate(answer)
-    ]
-    assert [
-        (int(p) // width, int(p) % width, int(t)) for p, t in zip(part.predictors, part.targets, strict=True)
-    ] == want
-    for row, (prompt, answer) in enumerate(pairs):
-        full = [*prompt, *answer]
-        seen = part.input_ids[row].tolist()
-        assert seen[: len(full) - 1] == full[:-1] or width == 1
-        assert not any(seen[len(full) :])
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    assert part.padding == longest * len(pairs) - sum(len(p) + len(a) for p, a in pairs)
+    ends = np.cumsum(part.packing.lengths)
+    assert ends[-1] == part.input_ids.shape[1] == part.position_ids.shape[1]
+    want = []
+    for (prompt, answer), end, length in zip(pairs, ends, part.packing.lengths, strict=True):
+        start, full = end - length, [*prompt, *answer]
+        assert part.input_ids[0, start:end].tolist() == (full[:-1] or full)
+        assert part.position_ids[0, start:end].tolist() == list(range(length))
+        want += [(start + len(prompt) - 1 + j, token) for j, token in enumerate(answer)]
+    seen = list(zip(part.predictors.tolist(), part.targets.tolist(), strict=True))
+    assert seen == want
+    assert part.padding == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

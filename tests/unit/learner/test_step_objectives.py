@@ -253,7 +253,7 @@ def test_a_step_is_that_of_the_formulas(
         tokens_per_microbatch=60,
         minibatches_per_step=2,
     )
-    one._optimizer = torch.optim.SGD(one._parameters.values(), lr=RATE)
+    one.trained["policy"].optimizer = torch.optim.SGD(one.trained["policy"].parameters.values(), lr=RATE)
     metrics = one.train(table, VERSION)
     halves = [list(range(6)), list(range(6, 12))]
     loss, before, after = _trained(model_folder, table.to_pylist(), objective, halves, 0.9)
