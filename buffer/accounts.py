@@ -12,6 +12,7 @@ def counts(book: Book) -> Counts:
     return Counts(
         admitted=book.admitted,
         trained=book.trained,
+        baselines=book.baselines,
         dropped=dict(book.dropped),
         failed=dict(book.failed),
         live=len(book.rollouts),

@@ -35,6 +35,7 @@ class GroupColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prompt_ids: list[str]
     positions: list[int]
     batch_ids: list[int]
+    greedy_ids: list[int]
     prompts: list[bytes]
     """int32 tokens"""
     payloads: list[str]
@@ -54,6 +55,7 @@ class RolloutColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     completed_versions: list[int]
     finish_reasons: list[str]
     rewards: list[float]
+    costs: list[float]
     pieces: list[int]
     """How many."""
 
@@ -82,6 +84,7 @@ class BaseState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """group, rollout, lease, batch"""
     admitted: int
     trained: int
+    baselines: int
     dropped: dict[str, int]
     failed: dict[str, int]
     lengths: dict[int, int]
@@ -112,6 +115,7 @@ def dump(book: Book, columns: Columns, generation: int, history: list[int], next
         next_ids=(book.next_group, book.next_rollout, book.next_lease, book.next_batch),
         admitted=book.admitted,
         trained=book.trained,
+        baselines=book.baselines,
         dropped=dict(sorted(book.dropped.items())),
         failed=dict(sorted(book.failed.items())),
         lengths=dict(sorted(book.lengths.items())),
@@ -134,6 +138,7 @@ def _dump_groups(groups: list[Group], columns: Columns) -> GroupColumns:
         prompt_ids=[g.prompt_id for g in groups],
         positions=[g.position for g in groups],
         batch_ids=[g.batch_id for g in groups],
+        greedy_ids=[g.greedy_id for g in groups],
         prompts=[p.tokens.tobytes() for p in prompts],
         payloads=[p.payload for p in prompts],
         sizes=[len(g.rollouts) for g in groups],
@@ -151,6 +156,7 @@ def _dump_rollouts(rollouts: list[Rollout], answers: list[list[Piece]]) -> Rollo
         completed_versions=[r.completed_version for r in rollouts],
         finish_reasons=[r.finish_reason for r in rollouts],
         rewards=[r.reward for r in rollouts],
+        costs=[r.cost for r in rollouts],
         pieces=[len(answer) for answer in answers],
     )
 
@@ -172,7 +178,7 @@ def load(state: BaseState, settings: LedgerSettings, files: TokenFiles, now: flo
     book, columns = Book(settings), Columns(files)
     book.version, book.serving, book.frontier = state.version, state.serving, state.frontier
     book.next_group, book.next_rollout, book.next_lease, book.next_batch = state.next_ids
-    book.admitted, book.trained = state.admitted, state.trained
+    book.admitted, book.trained, book.baselines = state.admitted, state.trained, state.baselines
     book.dropped, book.failed = Counter(state.dropped), Counter(state.failed)
     book.lengths, book.dropped_lengths = Counter(state.lengths), Counter(state.dropped_lengths)
     book.spanning_trained, book.most_versions = state.spanning_trained, state.most_versions
@@ -210,6 +216,7 @@ def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollo
         r.completed_versions,
         r.finish_reasons,
         r.rewards,
+        r.costs,
         r.pieces,
         strict=True,
     )
@@ -223,6 +230,7 @@ def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollo
         completed,
         finish,
         reward,
+        cost,
         count,
     ) in fields:
         answer = list(itertools.islice(pieces, count))
@@ -245,6 +253,7 @@ def _load_rollouts(state: BaseState, columns: Columns, now: float) -> list[Rollo
                 completed_version=completed,
                 finish_reason=finish,
                 reward=reward,
+                cost=cost,
             )
         )
     return rollouts
@@ -260,26 +269,38 @@ def _load_pieces(p: PieceColumns, files: TokenFiles) -> Iterator[Piece]:
 def _load_groups(g: GroupColumns, columns: Columns, rollouts: list[Rollout]) -> Iterator[Group]:
     left = iter(rollouts)
     fields = zip(
-        g.group_ids, g.prompt_ids, g.positions, g.batch_ids, g.prompts, g.payloads, g.sizes, strict=True
+        g.group_ids,
+        g.prompt_ids,
+        g.positions,
+        g.batch_ids,
+        g.greedy_ids,
+        g.prompts,
+        g.payloads,
+        g.sizes,
+        strict=True,
     )
-    for group_id, prompt_id, position, batch_id, tokens, payload, size in fields:
+    for group_id, prompt_id, position, batch_id, greedy_id, tokens, payload, size in fields:
         prompt = Prompt(np.frombuffer(tokens, np.int32), payload)
         columns.prompts[group_id] = prompt
         members = {r.rollout_id: r for r in itertools.islice(left, size)}
-        yield Group(group_id, prompt_id, position, len(prompt.tokens), members, batch_id=batch_id)
+        yield Group(
+            group_id, prompt_id, position, len(prompt.tokens), greedy_id, rollouts=members, batch_id=batch_id
+        )
 
 
 def _order(group: Group, book: Book) -> None:
     """The group's and its rollouts' places in the book's orders."""
     book.find_age(group)
-    group.scored = sum(r.state in (State.SCORED, State.BATCHED) for r in group.rollouts.values())
+    group.scored = sum(
+        r.state in (State.SCORED, State.BATCHED) for r in group.rollouts.values() if not r.greedy
+    )
     for rollout in group.rollouts.values():
         if rollout.state is State.QUEUED:
             book.enqueue(rollout)
         if rollout.lease_id:
             deadline = rollout.touched + book.settings.lease_timeout_s
             heapq.heappush(book.expiry, (deadline, rollout.rollout_id, rollout.lease_id))
-    if not group.batch_id and group.scored == book.settings.rollouts_per_prompt:
+    if not group.batch_id and book.is_complete(group):
         assert group.oldest_version is not None
         heapq.heappush(book.ready, (group.oldest_version, group.group_id))
 

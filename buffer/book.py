@@ -77,7 +77,7 @@ class Book:
         self.quarantined: dict[str, str] = {}
         """prompt_id -> why."""
         self.next_group = self.next_rollout = self.next_lease = self.next_batch = 1
-        self.admitted = self.trained = 0
+        self.admitted = self.trained = self.baselines = 0
         self.dropped: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
@@ -100,9 +100,16 @@ class Book:
     # ---- changes -----------------------------------------------------------------------------------------------
 
     def admit(
-        self, group_id: int, rollout_ids: Sequence[int], prompt_id: str, position: int, prompt_tokens: int
+        self,
+        group_id: int,
+        rollout_ids: Sequence[int],
+        prompt_id: str,
+        position: int,
+        prompt_tokens: int,
+        greedy_id: int = 0,
     ) -> Group:
-        group = self.groups[group_id] = Group(group_id, prompt_id, position, prompt_tokens)
+        """`greedy_id`: which of the rollouts is the baseline, 0 for none."""
+        group = self.groups[group_id] = Group(group_id, prompt_id, position, prompt_tokens, greedy_id)
         for rollout_id in rollout_ids:
             group.rollouts[rollout_id] = self.rollouts[rollout_id] = Rollout(rollout_id, group)
             heapq.heappush(self.queue, (_FRESH, group_id, rollout_id))
@@ -160,7 +167,7 @@ class Book:
     def extend(self, rollout: Rollout, version: int, tokens: int) -> None:
         rollout.length += tokens
         extend_spans(rollout.spans, version, tokens)
-        if version == ENVIRONMENT:
+        if version == ENVIRONMENT or rollout.greedy:
             return
         group = rollout.group
         if version > group.newest_version:
@@ -176,20 +183,28 @@ class Book:
         rollout.completed_version = max(self.version, *(v for v, _ in rollout.spans))
         self.note(rollout, finish_reason)
 
-    def score(self, rollout: Rollout, reward: float) -> bool:
+    def score(self, rollout: Rollout, reward: float, cost: float = 0.0) -> bool:
         """True when its group is complete by it."""
         self._move(rollout, _SCORED)
-        rollout.reward = float(np.float32(reward))  # as the log keeps it
+        # As the log keeps them.
+        rollout.reward, rollout.cost = float(np.float32(reward)), float(np.float32(cost))
         rollout.scored_lease_id = rollout.lease_id
-        self.note(rollout, reward=reward)
+        self.note(rollout, reward=reward, cost=cost)
         rollout.lease_id = 0
         group = rollout.group
-        group.scored += 1
-        if group.scored != self.settings.rollouts_per_prompt:
+        if not rollout.greedy:
+            group.scored += 1
+        if not self.is_complete(group):
             return False
         assert group.oldest_version is not None
         heapq.heappush(self.ready, (group.oldest_version, group.group_id))
         return True
+
+    def is_complete(self, group: Group) -> bool:
+        """It can be handed over: as many rollouts as it needs are scored, and its baseline is."""
+        baseline = group.rollouts.get(group.greedy_id)
+        is_full = group.scored == self.settings.rollouts_per_prompt
+        return is_full and (baseline is None or baseline.state in (_SCORED, _BATCHED))
 
     def batch(self, groups: list[Group], batch_id: int) -> None:
         self.batches[batch_id] = groups
@@ -212,7 +227,7 @@ class Book:
         """The end of a rollout that is not trained; with its last rollout a group ends, with its last group a batch."""
         group = rollout.group
         self._leave(rollout)
-        if rollout.state is _SCORED:
+        if rollout.state is _SCORED and not rollout.greedy:
             group.scored -= 1
         rollout.state = state
         self.lengths[rollout.length] += 1
@@ -225,12 +240,17 @@ class Book:
         del self.rollouts[rollout.rollout_id], group.rollouts[rollout.rollout_id]
         rollout.lease_id = 0
         self.closed.append(rollout.rollout_id)
-        if state is State.FAILED and len(group.rollouts) < self.settings.rollouts_per_prompt:
+        if state is State.FAILED and not self._can_be_filled(group):
             self.quarantined.setdefault(group.prompt_id, reason)
         if not group.rollouts:
             self._close_group(group)
         elif rollout.spans and not group.batch_id:
             self.find_age(group)  # its tokens are in no batch any more
+
+    def _can_be_filled(self, group: Group) -> bool:
+        has_baseline = group.greedy_id in group.rollouts
+        left = len(group.rollouts) - has_baseline
+        return left >= self.settings.rollouts_per_prompt and (has_baseline or not group.greedy_id)
 
     def drop_group(self, group: Group, reason: str) -> None:
         for rollout in list(group.rollouts.values()):
@@ -246,6 +266,7 @@ class Book:
         for rollout in rollouts:
             rollout_id, spans, group = rollout.rollout_id, rollout.spans, rollout.group
             self.lengths[rollout.length] += 1
+            self.baselines += rollout.greedy
             versions = 1 if len(spans) == 1 else len({v for v, _ in spans if v != ENVIRONMENT})
             if versions > 1:
                 self.spanning_trained += 1
@@ -285,7 +306,8 @@ class Book:
     def find_age(self, group: Group) -> None:
         """Finds the group's oldest and newest version anew, and the places in the heaps that follow from it."""
         before = group.oldest_version
-        versions = [v for r in group.rollouts.values() for v, _ in r.spans if v != ENVIRONMENT]
+        sampled = (r for r in group.rollouts.values() if not r.greedy)
+        versions = [v for r in sampled for v, _ in r.spans if v != ENVIRONMENT]
         group.oldest_version = min(versions, default=None)
         group.newest_version = max(versions, default=-1)
         if group.oldest_version != before:
@@ -298,7 +320,7 @@ class Book:
                 self._count_age(before, -1)
             if group.oldest_version is not None:
                 self._count_age(group.oldest_version, 1)
-                if group.scored == self.settings.rollouts_per_prompt:
+                if self.is_complete(group):
                     heapq.heappush(self.ready, (group.oldest_version, group.group_id))
         for rollout in group.rollouts.values():
             if rollout.state is _QUEUED:
@@ -319,7 +341,7 @@ class Book:
         if not any(g.rollouts for g in self.batches.get(group.batch_id, ())):
             self.batches.pop(group.batch_id, None)
 
-    def note(self, rollout: Rollout, reason: str = "", reward: float = 0.0) -> None:
+    def note(self, rollout: Rollout, reason: str = "", reward: float = 0.0, cost: float = 0.0) -> None:
         group = rollout.group
         self.rows.add(
             rollout.rollout_id,
@@ -332,6 +354,7 @@ class Book:
             rollout.engine_id,
             reason,
             reward,
+            cost,
         )
 
     # ---- from the log ------------------------------------------------------------------------------------------
@@ -352,7 +375,7 @@ class Book:
             case State.COMPLETE:
                 self.complete(rollout, row.reason)
             case State.SCORED:
-                self.score(rollout, row.reward)
+                self.score(rollout, row.reward, row.cost)
             case State.BATCHED:
                 self._replay_batched(rollout, row.batch_id)
             case State.TRAINED:

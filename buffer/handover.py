@@ -43,6 +43,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     piece_lengths: list[int]
     """Runs of tokens of one version, over all rollouts."""
     rewards: list[float]
+    costs: list[float]
+    greedy: list[bool]
+    """Of each rollout: it is its group's baseline."""
     finish_reasons: list[str]
     oldest_trainable_version: int
 
@@ -75,6 +78,8 @@ def lay_out(
         piece_versions=[piece.version for piece in pieces],
         piece_lengths=[piece.length for piece in pieces],
         rewards=[r.reward for r in rollouts],
+        costs=[r.cost for r in rollouts],
+        greedy=[r.greedy for r in rollouts],
         finish_reasons=[r.finish_reason for r in rollouts],
         oldest_trainable_version=oldest_trainable_version,
     )
@@ -180,6 +185,9 @@ def arrive(
 ) -> pa.RecordBatch:
     """`schema.BATCH` rows over tokens int32 and logprobs float32 of all rollouts, one behind the other."""
     versions = np.repeat(np.array(layout.piece_versions, np.int32), layout.piece_lengths)
+    trainable = versions >= layout.oldest_trainable_version
+    if any(layout.greedy):
+        trainable &= ~np.repeat(np.array(layout.greedy, bool), layout.lengths)
     offsets = offsets_of(layout.lengths)
     by_group = [np.frombuffer(prompt, np.int32) for prompt in layout.prompts]
     prompts = [p for p, size in zip(by_group, layout.group_sizes, strict=True) for _ in range(size)]
@@ -191,8 +199,10 @@ def arrive(
             flat_lists(offsets, tokens, TOKENS),
             flat_lists(offsets, logprobs, LOGPROBS),
             flat_lists(offsets, versions, TOKENS),
-            flat_lists(offsets, versions >= layout.oldest_trainable_version, FLAGS),
+            flat_lists(offsets, trainable, FLAGS),
             pa.array(layout.rewards, pa.float32()),
+            pa.array(layout.costs, pa.float32()),
+            pa.array(layout.greedy, pa.bool_()),
             pa.array(layout.finish_reasons, pa.string()),
         ],
         schema=BATCH,

@@ -91,7 +91,8 @@ class Ledger:
             raise BadRequest(
                 f"admission of {sum(new)} groups refused: capacity is {self.capacity} at version {self.version}"
             )
-        size = self.settings.rollouts_per_prompt + self.settings.spare_rollouts_per_prompt
+        greedy = self.settings.greedy_baseline
+        size = self.settings.rollouts_per_prompt + self.settings.spare_rollouts_per_prompt + greedy
         shard, shards = self.settings.shard, self.settings.shards
         admitted: list[Group | None] = []
         for prompt, is_new in zip(prompts, new, strict=True):
@@ -102,7 +103,11 @@ class Ledger:
             # An id modulo the number of shards names its shard.
             ids = [(book.next_rollout + i) * shards + shard for i in range(size)]
             group_id = book.next_group * shards + shard
-            admitted.append(book.admit(group_id, ids, prompt.prompt_id, prompt.position, prompt.tokens))
+            # The baseline comes first in the queue, as the group waits for it in any case.
+            greedy_id = ids[0] if greedy else 0
+            admitted.append(
+                book.admit(group_id, ids, prompt.prompt_id, prompt.position, prompt.tokens, greedy_id)
+            )
         book.note_admitted(group for group in admitted if group is not None)
         return admitted
 
@@ -227,23 +232,26 @@ class Ledger:
             self.book.complete(rollout, finish_reason)
         return True
 
-    def score(self, rollout_id: int, lease_id: int, reward: float) -> bool:
-        """The reward is known; the lease ends. False when it was scored before under this lease."""
+    def score(self, rollout_id: int, lease_id: int, reward: float, cost: float = 0.0) -> bool:
+        """Reward and cost are known; the lease ends. False when it was scored before under this lease."""
         book = self.book
         rollout = book.rollouts.get(rollout_id)
         if rollout is not None and rollout.state > State.COMPLETE and rollout.scored_lease_id == lease_id:
             return False
         rollout = self._held(rollout_id, lease_id, (State.COMPLETE,))
-        if book.score(rollout, reward):
+        if book.score(rollout, reward, cost):
             self._batches.look_again()
-            self._group_complete(rollout.group)
+        if not rollout.greedy and rollout.group.scored == self.settings.rollouts_per_prompt:
+            self._group_full(rollout.group)
         return True
 
-    def _group_complete(self, group: Group) -> None:
-        for rollout in list(group.rollouts.values()):
+    def _group_full(self, group: Group) -> None:
+        """All that it needs but, maybe, the baseline is scored."""
+        sampled = [r for r in group.rollouts.values() if not r.greedy]
+        for rollout in sampled:
             if rollout.state is not State.SCORED:
                 self.book.close(rollout, State.DROPPED, "surplus")
-        rewards = {r.reward for r in group.rollouts.values()}
+        rewards = {r.reward for r in sampled if r.state is State.SCORED}
         if self.settings.dynamic_sampling and len(rewards) == 1:
             self.book.drop_group(group, "no reward spread")
 

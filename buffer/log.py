@@ -49,6 +49,7 @@ def _layout(*fields: tuple[str, pa.DataType]) -> pa.Schema:
 PROMPT_LOG = _layout(
     ("group_id", pa.int64()),
     ("rollout_ids", IDS),
+    ("greedy_id", pa.int64()),  # of its baseline, 0 for none
     ("position", pa.int64()),
     ("prompt_id", pa.string()),
     ("tokens", TOKENS),
@@ -74,6 +75,7 @@ STATE_LOG = _layout(
     ("engine_id", pa.string()),
     ("reason", pa.string()),
     ("reward", pa.float32()),
+    ("cost", pa.float32()),
 )
 LAYOUTS = dict(zip(STREAMS, (PROMPT_LOG, SEGMENT_LOG, STATE_LOG), strict=True))
 
@@ -204,6 +206,7 @@ class Log:
             len(groups),
             Values([np.array([g.group_id for g in groups], np.int64)]),
             Lists(offsets_of([len(i) for i in ids]), [np.array(list(itertools.chain(*ids)), np.int64)]),
+            Values([np.array([g.greedy_id for g in groups], np.int64)]),
             Values([np.array([g.position for g in groups], np.int64)]),
             strings([g.prompt_id for g in groups]),
             Lists(offsets_of([len(t) for t in tokens]), tokens),
@@ -242,6 +245,7 @@ class Log:
             string_column(columns["engine"], list(rows.engines)),
             string_column(columns["reason"], list(rows.reasons)),
             _plain(columns["reward"]),
+            _plain(columns["cost"]),
         )
 
     def _put(self, name: str, rows: int, *columns: Column) -> tuple[int, list[int]]:

@@ -62,6 +62,7 @@ def describe(
     prompts_per_step: int,
     rollouts_per_prompt: int,
     *,
+    greedy_baseline: bool = False,
     log_folder: Path | None = None,
     ports: Sequence[int] = (),
 ) -> list[ShardFiles]:
@@ -74,7 +75,14 @@ def describe(
             folder / f"process-{shard}.json", folder / f"endpoint-{shard}", folder / f"log-{shard}.txt"
         )
         described = ProcessConfig(
-            settings=ledger_settings(config, staleness, prompts_per_step, rollouts_per_prompt, shard),
+            settings=ledger_settings(
+                config,
+                staleness,
+                prompts_per_step,
+                rollouts_per_prompt,
+                shard,
+                greedy_baseline=greedy_baseline,
+            ),
             buffer=config,
             folder=str(log_folder / str(shard)),
             keys=str(folder / "keys"),

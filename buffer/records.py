@@ -32,6 +32,8 @@ class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """This shard's share: groups of its batches."""
     rollouts_per_prompt: int
     spare_rollouts_per_prompt: int = 0
+    greedy_baseline: bool = False
+    """Each group has one more rollout, its baseline."""
     dynamic_sampling: bool = False
     max_staleness_versions: int = 2
     over_stale: str = "mask"
@@ -52,6 +54,8 @@ def ledger_settings(
     prompts_per_step: int,
     rollouts_per_prompt: int,
     shard: int = 0,
+    *,
+    greedy_baseline: bool = False,
 ) -> LedgerSettings:
     """The settings of one shard, from a recipe's. Raises ValueError where a shard would have no part in a batch."""
     if config.shards > prompts_per_step:
@@ -63,6 +67,7 @@ def ledger_settings(
         prompts_per_step=share(prompts_per_step, shard, config.shards),
         rollouts_per_prompt=rollouts_per_prompt,
         spare_rollouts_per_prompt=config.group_policy.spare_rollouts_per_prompt,
+        greedy_baseline=greedy_baseline,
         dynamic_sampling=config.dynamic_sampling,
         max_staleness_versions=staleness_config.max_staleness_versions,
         over_stale=staleness_config.over_stale,
@@ -80,12 +85,16 @@ class Group:
     position: int
     """Of its prompt in the frontier."""
     prompt_tokens: int
+    greedy_id: int = 0
+    """Of its baseline; 0 where it has none."""
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     """Those that are not closed."""
     oldest_version: int | None = None
-    """Version of the oldest sampled token of any of its rollouts; None before the first."""
+    """Version of the oldest sampled token of any of its rollouts; None before the first. The baseline's do not count: they
+    are not trained, so nothing of them can grow stale."""
     newest_version: int = -1
     scored: int = 0
+    """Without the baseline."""
     batch_id: int = 0
     """Of the batch that it was handed over in; 0 before."""
 
@@ -117,8 +126,14 @@ class Rollout:
     completed_version: int = -1
     finish_reason: str = ""
     reward: float = 0.0
+    cost: float = 0.0
     passed: Passed | None = None
     """While it is queued. Not in the log: after a crash it is counted anew."""
+
+    @property
+    def greedy(self) -> bool:
+        """It is the baseline of its group: sampled greedily, scored, handed over, and none of its tokens trained."""
+        return self.rollout_id == self.group.greedy_id
 
 
 @dataclass(slots=True)
@@ -143,6 +158,7 @@ class Transition(NamedTuple):
     engine_id: str
     reason: str
     reward: float
+    cost: float
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +194,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
     admitted: int
     trained: int
+    baselines: int
+    """Of `trained`: greedy baselines, whose batch was trained and whose tokens were not."""
     dropped: dict[str, int]
     failed: dict[str, int]
     live: int
@@ -212,9 +230,9 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """Over trainable tokens, in versions."""
     in_flight_mean: float
     in_queue_mean: float
-    """Over all sampled tokens, in versions: ageing while it was sampled, and while it waited."""
+    """Over these tokens, in versions: ageing while it was sampled, and while it waited."""
     tokens: int
-    """Sampled; those of the environment are not counted."""
+    """Sampled; those of the environment and of baselines are not counted."""
     trainable_tokens: int
 
 
@@ -222,7 +240,7 @@ def describe(batch_id: int, version: int, groups: Sequence[Group], bound: int) -
     """The figures of a batch that leaves at `version`."""
     rollouts = [r for g in groups for r in g.rollouts.values()]
     by_age, in_flight, in_queue = staleness.ageing(
-        version, ((r.completed_version, r.spans) for r in rollouts)
+        version, ((r.completed_version, r.spans) for r in rollouts if not r.greedy)
     )
     tokens = sum(by_age.values())
     fresh = {

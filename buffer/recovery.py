@@ -172,14 +172,15 @@ class _Fold:
         rows = zip(
             batch["group_id"].to_pylist(),
             batch["rollout_ids"].to_pylist(),
+            batch["greedy_id"].to_pylist(),
             batch["prompt_id"].to_pylist(),
             batch["position"].to_pylist(),
             slices(batch["tokens"]),
             batch["payload"].to_pylist(),
             strict=True,
         )
-        for group_id, rollout_ids, prompt_id, position, tokens, payload in rows:
-            self._book.admit(group_id, rollout_ids, prompt_id, position, len(tokens))
+        for group_id, rollout_ids, greedy_id, prompt_id, position, tokens, payload in rows:
+            self._book.admit(group_id, rollout_ids, prompt_id, position, len(tokens), greedy_id)
             # A copy: the map of a prompt file is not to be held for one prompt.
             prompt = Prompt(tokens.copy(), payload)
             self._columns.put_prompt(group_id, prompt, rollout_ids)

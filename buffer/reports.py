@@ -14,6 +14,7 @@ def add_counts(parts: Sequence[Counts]) -> Counts:
     return Counts(
         admitted=sum(p.admitted for p in parts),
         trained=sum(p.trained for p in parts),
+        baselines=sum(p.baselines for p in parts),
         dropped=_add(p.dropped for p in parts),
         failed=_add(p.failed for p in parts),
         live=sum(p.live for p in parts),

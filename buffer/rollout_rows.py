@@ -39,8 +39,10 @@ def rollout_columns(
         "rollout_id": pa.array(lives.ids),
         "group_id": lives.last("group_id"),
         "prompt_id": prompt["prompt_id"],
+        "greedy": pc.equal(prompt["greedy_id"], pa.array(lives.ids)),
         "state": lives.last("state"),
-        "reward": lives.reward(),
+        "reward": lives.score("reward"),
+        "cost": lives.score("cost"),
         "finish_reason": answers.finish_reason,
         "attempts": lives.last("attempts"),
         "engines": lives.engines(),
@@ -84,11 +86,11 @@ class Lives:
         """Its value in each rollout's last row where that has one of these states, else null."""
         return _take(self.states[column], np.where(self._are(names)[self._last], self._last, -1))
 
-    def reward(self) -> pa.Array:
-        """That of the last score, null where there is none or the rollout went back to the queue after it."""
+    def score(self, column: str) -> pa.Array:
+        """Reward or cost of the last score, null where there is none or the rollout went back to the queue after it."""
         scored = self._latest(self._are([State.SCORED.name]))
         queued = self._latest(self._are([State.QUEUED.name]))
-        return _take(self.states["reward"], np.where(scored > queued, scored, -1))
+        return _take(self.states[column], np.where(scored > queued, scored, -1))
 
     def engines(self) -> pa.Array:
         """The engine of each lease, in order."""
@@ -223,7 +225,8 @@ def _rows_of_groups(prompts: pa.Table, group_ids: pa.Array) -> dict[str, pa.Arra
     known = prompts["group_id"].to_numpy()
     order = np.argsort(known, kind="stable")
     row = _pick(order, _places(known[order], group_ids.to_numpy()))
-    return {name: _take(prompts[name], row) for name in ("prompt_id", "unix_s", "tokens", "payload")}
+    names = ("prompt_id", "greedy_id", "unix_s", "tokens", "payload")
+    return {name: _take(prompts[name], row) for name in names}
 
 
 # ---- small tools -----------------------------------------------------------------------------------------------------

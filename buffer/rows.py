@@ -27,12 +27,13 @@ _LAYOUT = np.dtype(
         ("engine", "<i4"),
         ("reason", "<i4"),
         ("reward", "<f4"),
+        ("cost", "<f4"),
         ("state", "<i4"),
     ]
 )
 _FEW = 16
 """Rows from which numpy pays."""
-_pack = struct.Struct("<qqqqiiiifi").pack
+_pack = struct.Struct("<qqqqiiiiffi").pack
 
 
 class StateRows:
@@ -60,6 +61,7 @@ class StateRows:
         engine_id: str,
         reason: str,
         reward: float,
+        cost: float,
     ) -> None:
         engine = self.engines.get(engine_id)
         if engine is None:
@@ -68,7 +70,7 @@ class StateRows:
         if reason:
             number = self.reasons.setdefault(reason, len(self.reasons))
         self._data += _pack(
-            rollout_id, group_id, lease_id, batch_id, version, attempts, engine, number, reward, state
+            rollout_id, group_id, lease_id, batch_id, version, attempts, engine, number, reward, cost, state
         )
 
     def add_many(self, rollouts: Sequence[Rollout], version: int) -> None:
@@ -87,6 +89,7 @@ class StateRows:
                     r.engine_id,
                     "",
                     0.0,
+                    0.0,
                 )
             return
         rows = np.zeros(len(rollouts), _LAYOUT)
@@ -102,7 +105,7 @@ class StateRows:
         self._data += rows.tobytes()
 
     def published(self, version: int) -> None:
-        self.add(0, 0, _PUBLISHED, version, 0, 0, 0, "", "", 0.0)
+        self.add(0, 0, _PUBLISHED, version, 0, 0, 0, "", "", 0.0, 0.0)
 
     def columns(self) -> np.ndarray:
         """Structured [rows]: the fields of `Transition`, with numbers for engine, reason and state."""
@@ -111,16 +114,18 @@ class StateRows:
     def __iter__(self) -> Iterator[Transition]:
         engines, reasons = list(self.engines), list(self.reasons)
         for row in self.columns().tolist():
-            rollout_id, group_id, lease_id, batch_id, version, attempts, engine, reason, reward, state = row
+            rollout, group, lease, batch, version, attempts = row[:6]
+            engine, reason, reward, cost, state = row[6:]
             yield Transition(
-                rollout_id,
-                group_id,
+                rollout,
+                group,
                 STATE_NAMES[state],
                 version,
-                lease_id,
+                lease,
                 attempts,
-                batch_id,
+                batch,
                 engines[engine],
                 reasons[reason],
                 reward,
+                cost,
             )

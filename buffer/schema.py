@@ -6,6 +6,7 @@ prompt    what is asked; its tokens never change once admitted
 rollout   one sampled answer to a prompt
 segment   a run of tokens of one rollout, sampled by one engine at one version, or given by the environment
 group     the rollouts of one prompt
+baseline  a rollout of a group that is sampled greedily and not trained: its reward is what the others are measured by
 version   count of published weight updates; version 0 is the model that the run started from
 origin    who a token is from: the model (its version is the weights') or the environment (its version is `ENVIRONMENT`)
 turn      what the model samples in one go, up to a stop token; the environment answers it or ends the rollout
@@ -64,8 +65,11 @@ BATCH: Final = _schema(
     ("tokens", TOKENS),
     ("logprobs", LOGPROBS),
     ("versions", TOKENS),  # per token; ENVIRONMENT where it is the environment's
-    ("trainable", FLAGS),  # per token: false where it is past the staleness bound or the environment's
+    # Per token: false where it is past the staleness bound, the environment's or a baseline's.
+    ("trainable", FLAGS),
     ("reward", pa.float32()),
+    ("cost", pa.float32()),  # 0 where no reward term gives one
+    ("greedy", pa.bool_()),  # the group's baseline
     ("finish_reason", pa.string()),
 )
-"""What the learner gets: whole groups, rows of one group together. The version at hand-over is in the reply's header."""
+"""What the learner gets: whole groups, rows of one group together, its baseline (where the objective needs one) first. The version at hand-over is in the reply's header."""

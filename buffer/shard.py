@@ -31,7 +31,7 @@ from asyncrl.buffer.token_files import Piece
 logger = logging.getLogger(__name__)
 
 _ROTATE_AGAIN_S = 10.0
-_LARGEST_REWARD = float(np.finfo(np.float32).max)
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
 Body = bytes | memoryview
 
 
@@ -163,14 +163,15 @@ class Shard:
 
     def _score(self, scored: list[wire.Scored]) -> wire.Refused:
         for s in scored:
-            if not abs(s.reward) <= _LARGEST_REWARD:  # nor where it is NaN
-                raise BadRequest(
-                    f"reward of rollout {s.rollout_id} is {s.reward}: rewards must be finite (as float32)"
-                )
+            for name, value in (("reward", s.reward), ("cost", s.cost)):
+                if not abs(value) <= _LARGEST_SCORE:  # nor where it is NaN
+                    raise BadRequest(
+                        f"{name} of rollout {s.rollout_id} is {value}: {name}s must be finite (as float32)"
+                    )
         refused = []
         for s in scored:
             try:
-                self.ledger.score(s.rollout_id, s.lease_id, s.reward)
+                self.ledger.score(s.rollout_id, s.lease_id, s.reward, s.cost)
             except LeaseLost:
                 refused.append(s.rollout_id)
         return wire.Refused(rollout_ids=refused)
@@ -255,6 +256,7 @@ class Shard:
             rollout.finish_reason,
             prompt.payload,
             list(rollout.spans),
+            rollout.greedy,
         )
 
     def _prefix(self, rollout: Rollout) -> bytes:

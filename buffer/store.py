@@ -46,6 +46,27 @@ class SnapshotFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     frontier: int
 
 
+def snapshot_of(folder: Path, step: int) -> Path:
+    """The file that says there is one. `folder` is a shard's."""
+    return folder / f"snapshot-{step:08d}.json"
+
+
+def lacks_of_snapshot(folder: Path, step: int) -> str:
+    """What a shard's `restore(step)` would miss; empty where it is all there. For whoever looks at a run that is not up."""
+    path = snapshot_of(folder, step)
+    try:
+        snapshot = msgspec.json.decode(path.read_bytes(), type=SnapshotFile)
+    except FileNotFoundError:
+        return f"{path} is not there"
+    except msgspec.DecodeError as error:
+        return f"{path} cannot be read: {error}"
+    state = base.path_of(folder, snapshot.generation)
+    if not state.is_file() or base.decode(state.read_bytes()) is None:
+        return f"{state} is damaged or not there"
+    gone = [generation for generation in snapshot.needs if not file_of(folder, "segments", generation).is_file()]
+    return f"tokens of generations {gone} are not there" if gone else ""
+
+
 class Store:
     """`book` and `columns` are the state; `log` takes what changes it."""
 
@@ -198,7 +219,7 @@ class Store:
         return snapshot
 
     def _snapshot_path(self, step: int) -> Path:
-        return self.folder / f"snapshot-{step:08d}.json"
+        return snapshot_of(self.folder, step)
 
     def restore(self, step: int) -> SnapshotFile:
         """Goes back to the state at `step`. Leases are void, nothing goes out until its version is published again."""

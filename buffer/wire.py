@@ -89,6 +89,8 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     rollout_id: _Id
     lease_id: _Id
     reward: float
+    cost: float = 0.0
+    """What Safe RLHF holds below a limit; 0 where no reward term gives one."""
 
 
 class Score(_Request, frozen=True, kw_only=True, tag="score"):
@@ -234,6 +236,8 @@ class Leased(msgspec.Struct, frozen=True, array_like=True):
     payload: str
     spans: list[tuple[int, int]]
     """Of `tokens`: (version, tokens) of each run, `schema.ENVIRONMENT` where they are the environment's."""
+    greedy: bool = False
+    """It is the baseline of its group: to be sampled greedily, by whoever goes on with it."""
 
 
 class Leases(_Reply, frozen=True, kw_only=True, tag="leases"):

@@ -11,6 +11,7 @@ from asyncrl.generators.fake_speech import Lengths
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
+NonNegativeSeconds = Annotated[float, msgspec.Meta(ge=0)]
 WORKER_MEMORY_BYTES = 2 * 2**30
 """What functions import at their module's level is not counted; importing torch while answering takes 0.6 GiB of it."""
 AUTO_START = 8
@@ -22,9 +23,6 @@ class PromptsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     source: str
     """`sums:train` (a generated task), a `.jsonl` or `.parquet` file, or `hf:NAME[:SPLIT]` (Hugging Face datasets)."""
-    held_out: str = ""
-    """Prompts for the held-out accuracy, named like `source`; empty: none is measured."""
-    held_out_prompts: NonNegative = 256
     prompts_per_step: Positive = 16
     rollouts_per_prompt: Positive = 8
     seed: int = 0
@@ -123,16 +121,63 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return min(self.min_engines or self.engines, self.engines)
 
 
-class RewardTerm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One `[[rewards.terms]]` entry."""
+class RewardModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`serving = { ... }` of a reward term with `model`."""
 
-    function: str
+    gives: Literal["reward", "cost"] = "reward"
+    """What its number is. A cost adds nothing to the reward."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """`cuda`: the first GPU of the engine that it stands beside, whose `memory_fraction` must leave room for it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    cores: Positive = 1
+    """Threads that it computes with on a CPU. They are not set aside for it: it shares the machine with the engines."""
+    chat_template: bool = True
+    """Show it question and answer as a talk in its own chat template; else as one text, the answer right behind the question."""
+    tokens_per_batch: Positive = 16384
+    """Most tokens of one forward pass, padding included; a single text that is longer is a batch of its own."""
+    wait_s: NonNegativeSeconds = 0.02
+    """How long an answer may wait for others to fill a batch with, while the model has nothing to do."""
+    timeout_s: PositiveSeconds = 60.0
+    """One answer may wait and be read for so long; then its rollout fails with that reason."""
+    start_timeout_s: PositiveSeconds = 600.0
+    """For loading the weights."""
+
+
+class RewardTerm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[rewards.terms]]` entry: a rule or a model."""
+
+    function: str = ""
     """`sums`, `math`, `format`, or an import path `package.module:function`."""
+    model: str = ""
+    """Folder of a sequence classifier with one label, in Hugging Face's layout."""
+    serving: RewardModelConfig | None = None
+    """How `model` is served; left out: as the settings' defaults say."""
     weight: float = 1.0
+    """Of its reward, and of its cost where it gives one."""
+
+    @property
+    def name(self) -> str:
+        """For people: what it is reported by."""
+        return self.function or self.model
+
+    @property
+    def served(self) -> RewardModelConfig:
+        return self.serving or RewardModelConfig()
+
+    @property
+    def broken_rule(self) -> str:
+        """What is wrong with it as a whole; empty where nothing is."""
+        if bool(self.function) == bool(self.model):
+            return (
+                "a term has one of `function` and `model`: name the one, and make another term for the other"
+            )
+        if self.function and self.serving is not None:
+            return "`serving` is for a term with `model`, and this has a function: leave it out"
+        return ""
 
 
 class RewardsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`[rewards]`: the weighted sum of the terms is the reward."""
+    """`[rewards]`: the weighted sum of the terms is the reward; timeout, workers and memory are the functions'."""
 
     terms: list[RewardTerm]
     timeout_s: PositiveSeconds = 10.0

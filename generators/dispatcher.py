@@ -48,8 +48,9 @@ class Dispatcher:
         stop_token_ids: tuple[int, ...],
         decode: Callable[[list[int]], str],
         turns: TurnTaker | None = None,
+        seed: int | None = None,
     ) -> None:
-        """`turns`: the environment; None where a rollout has one turn."""
+        """`turns`: the environment; None where a rollout has one turn. `seed`: of a run that is to be made again bit for bit."""
         self._engine = engine
         self._engine_id = engine_id
         self._buffer = buffer
@@ -62,6 +63,7 @@ class Dispatcher:
             turns=turns,
             seats=self,
             sampling=sampling,
+            seed=seed,
             stop_token_ids=stop_token_ids,
             decode=decode,
         )

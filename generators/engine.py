@@ -30,10 +30,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
     max_new_tokens: int
     temperature: float
-    """0 is greedy (evaluation); logprobs are then those of temperature 1."""
+    """0 is greedy (baselines): the likeliest token each time; logprobs are then those of temperature 1."""
     stop_token_ids: tuple[int, ...]
     answered_tokens: int = 0
     """How many of `tokens` at their end were sampled of this turn before; tells how much is to be expected yet."""
+    seed: tuple[int, int] | None = None
+    """(seed of the run, rollout): the tokens are to be the same ones each time (`seeds`). None: chance, as the engine draws it."""
     chunk_tokens: int = 1
     """The stream may hold tokens back until so many are there: whoever wants few large chunks saves time."""
 

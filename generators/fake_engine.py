@@ -6,6 +6,7 @@ Invariants (beside those of `engine.py`)
 - The next token, its logprob and the end of an answer are pure functions of (seed, all tokens so far): a rollout cut
   at any token and continued on any other `FakeEngine` of the same seed equals the uninterrupted one. The weights do
   not change the tokens; they change what `probe` answers.
+- At temperature 0 the seed has no say: greedy answers are the same on every `FakeEngine` of one vocabulary and lengths.
 - One task steps all slots; versions are stamped there, and weights change between two steps.
 - KV cache is counted, not kept: how many tokens fit (`fake_batch`), and under which version each stream's was begun, so
   that preemptions and the `in_flight` policy can be seen.
@@ -26,7 +27,7 @@ import msgspec
 
 from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, GenerationRequest
 from asyncrl.generators.fake_batch import Batch, Stream
-from asyncrl.generators.fake_speech import Lengths, Speech, probe_logprobs, weights_digest
+from asyncrl.generators.fake_speech import GREEDY_SEED, Lengths, Speech, probe_logprobs, weights_digest
 from asyncrl.generators.in_flight import AnswerLengths, InFlight, RequestFacts, is_recomputed
 from asyncrl.weight_sync.checksum import bucket_checksum
 from asyncrl.weight_sync.shm import map_version
@@ -109,7 +110,8 @@ class FakeEngine:
                 f"request {request.request_id}: expected an id that is not running and max_new_tokens of at least 1, "
                 f"got {request.max_new_tokens}"
             )
-        speech = Speech(self._seed, self._vocab_size, self._lengths, request.stop_token_ids, request.tokens)
+        seed = self._seed if request.temperature else GREEDY_SEED
+        speech = Speech(seed, self._vocab_size, self._lengths, request.stop_token_ids, request.tokens)
         stream = Stream(request, speech)
         self._batch.add(stream)
         self._work.set()

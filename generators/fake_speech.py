@@ -14,6 +14,8 @@ import msgspec
 import xxhash
 
 _NORMAL: Final = statistics.NormalDist()
+GREEDY_SEED: Final = 2**64 - 1
+"""Of what is said at temperature 0: the same whatever the engine's own seed, as an argmax is."""
 
 
 class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

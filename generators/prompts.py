@@ -1,5 +1,5 @@
 """Prompts in a deterministic order: what the buffer is asked to admit. Called by whoever feeds the buffer, by the
-held-out measure and by the warm start.
+held-out evaluation and by the warm start.
 
 Invariants:
 - `Frontier(source, seed, cursor)` gives the same prompts in the same order each time; `cursor` alone restores it.
@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from asyncrl.generators.config import PromptsConfig
+from asyncrl.generators.evaluation_config import EvaluationConfig
 from asyncrl.generators.sources import Rows, SourceError, open_rows
 from asyncrl.generators.tokens import PromptEncoder, TokenizerError, single_tokens
 
@@ -81,12 +82,12 @@ def open_source(config: PromptsConfig, tokenizer: Any, source: str = "") -> Prom
     return prompts
 
 
-def held_out(config: PromptsConfig, tokenizer: Any) -> list[Prompt]:
-    """The first `held_out_prompts` prompts of `config.held_out`, fewer where it has fewer; none where it is empty."""
-    if not config.held_out or not config.held_out_prompts:
+def held_out(config: PromptsConfig, evaluation: EvaluationConfig, tokenizer: Any) -> list[Prompt]:
+    """The first `evaluation.prompts` prompts of its source, fewer where that has fewer; none where it is empty."""
+    if not evaluation.source:
         return []
-    source = open_source(config, tokenizer, config.held_out)
-    count = config.held_out_prompts if source.size is None else min(config.held_out_prompts, source.size)
+    source = open_source(config, tokenizer, evaluation.source)
+    count = evaluation.prompts if source.size is None else min(evaluation.prompts, source.size)
     return Frontier(source, config.seed).take(count)
 
 

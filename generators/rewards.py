@@ -3,7 +3,8 @@
 A reward function is `function(answer_text: str, payload: dict) -> float | dict`:
 - `answer_text` is the sampled answer without special tokens; `payload` is the prompt's row, with `prompt_id`,
   `question` and `answer`.
-- It returns a finite number, or a dict of finite numbers that has "reward"; the others are reported beside it.
+- It returns a finite number, or a dict of finite numbers that has "reward"; the others are reported beside it. "answer" in the
+  dict is a text: the final answer as the function understands it, for maj@k (`estimates`).
 - It may hang, raise, take more memory than it is given or end its process: that costs its own rollout and nothing else.
 Named in a recipe by a built-in name (`sums`, `math`, `format`) or by an import path `package.module:function`.
 """
@@ -19,7 +20,7 @@ import msgspec
 
 from asyncrl.generators.functions import FunctionError, load_function
 
-RewardFunction = Callable[[str, dict[str, Any]], float | Mapping[str, float]]
+RewardFunction = Callable[[str, dict[str, Any]], float | Mapping[str, float | str]]
 
 BUILT_IN: Final = {
     "sums": "asyncrl.generators.rewards:sums",
@@ -29,6 +30,13 @@ BUILT_IN: Final = {
 
 _FINAL_NUMBER: Final = re.compile(r"(?:^|[^0-9])([0-9]+)\s*$")
 _THINK: Final = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+
+class Values(msgspec.Struct, frozen=True):
+    """What a worker says."""
+
+    numbers: dict[str, float]
+    answer: str | None
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -49,7 +57,8 @@ def answerer(setup: bytes) -> Callable[[bytes], bytes]:
         asked = msgspec.msgpack.decode(body, type=Question)
         payload = msgspec.json.decode(asked.payload, type=dict[str, Any])
         returned = functions[asked.function](asked.answer_text, payload)
-        return msgspec.msgpack.encode(reward_values(names[asked.function], returned))
+        name = names[asked.function]
+        return msgspec.msgpack.encode(Values(reward_values(name, returned), stated_answer(returned)))
 
     return answer
 
@@ -73,6 +82,12 @@ def think_format(answer_text: str, payload: Mapping[str, Any]) -> float:
     return float(bool(thoughts.strip()) and bool(answer.strip()) and not tags)
 
 
+def stated_answer(returned: Any) -> str | None:
+    """The final answer that a reward function names; None where it names none."""
+    answer = returned.get("answer") if isinstance(returned, Mapping) else None
+    return answer if isinstance(answer, str) else None
+
+
 def reward_values(name: str, returned: Any) -> dict[str, float]:
     """What a reward function returned, as numbers by name; "reward" is always among them. Raises `FunctionError`."""
     values = returned if isinstance(returned, Mapping) else {"reward": returned}
@@ -82,6 +97,8 @@ def reward_values(name: str, returned: Any) -> dict[str, float]:
         )
     numbers = {}
     for key, value in values.items():
+        if key == "answer" and isinstance(value, str):
+            continue
         try:
             numbers[str(key)] = float(value)
         except (TypeError, ValueError):

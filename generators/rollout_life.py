@@ -10,6 +10,7 @@ Invariants:
 - Whatever interrupts it, every token that reached this process is in the buffer before the lease is released; nothing is
   sampled twice. What goes on elsewhere has the budget that is left, whether it was interrupted once or often.
 - It holds a slot only while the engine samples for it.
+- A baseline is sampled greedily by every engine that it comes to; for the rest it is a rollout like any other.
 Called by the dispatcher, one task for each.
 """
 
@@ -27,8 +28,8 @@ from asyncrl.buffer.wire import Leased, Scored
 from asyncrl.generators.config import SamplingConfig
 from asyncrl.generators.engine import Engine, EngineDead, GenerationRequest
 from asyncrl.generators.outbox import Outbox
-from asyncrl.generators.reward_pool import RewardFailed, Score
 from asyncrl.generators.rollout_stream import RolloutStream
+from asyncrl.generators.score import RewardFailed, Score
 from asyncrl.generators.turns import EnvironmentFailed, fits
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Kit:
     turns: TurnTaker | None
     seats: Seats
     sampling: SamplingConfig
+    seed: int | None
+    """Of the run, where it is to be made again bit for bit."""
     stop_token_ids: tuple[int, ...]
     decode: Callable[[list[int]], str]
 
@@ -158,8 +161,9 @@ class RolloutLife:
             request_id=self.key,
             tokens=[*stream.prompt, *stream.answer],
             max_new_tokens=self._budget,
-            temperature=sampling.temperature,
+            temperature=0.0 if self._lease.greedy else sampling.temperature,
             stop_token_ids=self._kit.stop_token_ids,
+            seed=None if self._kit.seed is None else (self._kit.seed, self._lease.rollout_id),
             answered_tokens=stream.turn_tokens,
             chunk_tokens=max(1, sampling.flush_tokens // 4),
         )
@@ -235,4 +239,4 @@ class RolloutLife:
             logger.warning("rollout %d: %s", lease.rollout_id, error)
             await kit.buffer.fail(lease.rollout_id, lease.lease_id, f"reward: {error.reason}")
             return
-        await kit.buffer.score([Scored(lease.rollout_id, lease.lease_id, score.reward)])
+        await kit.buffer.score([Scored(lease.rollout_id, lease.lease_id, score.reward, score.cost)])

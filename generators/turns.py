@@ -1,5 +1,5 @@
 """Asks the environment, in worker processes (`worker_pool`), what comes after a turn of the model. Called by the dispatcher,
-by the held-out measure and by the warm start, from one event loop.
+by the held-out evaluation and by the warm start, from one event loop.
 
 Invariants:
 - What is asked depends on the tokens so far and the payload alone, so any engine may ask, and ask again.

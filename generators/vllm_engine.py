@@ -16,7 +16,9 @@ Invariants
   it again, with the tokens so far and the budget left, when the gate opens: under the new version's salt. Its caller sees
   one stream. (vLLM's own way, `reset_prefix_cache(reset_running_requests=True)`, preempts all requests or none, empties
   the whole prefix cache, and leaves them under their old salt, where nobody shares what is computed.)
-- Weights come only through `apply`; the model starts with dummy weights and refuses to generate.
+- Weights come only through `apply`; the model starts with dummy weights and refuses to generate. Where versions are LoRA
+  adapters, it starts with the base and refuses likewise; an adapter takes its predecessor's place between two steps, under
+  the same id, so that requests under way go on with it as they do with whole weights.
 - An update that fails after its first byte leaves a model that nobody can vouch for: the engine then ends.
 Called from one event loop. Importing this module does not import vLLM; `start` does.
 """
@@ -38,14 +40,17 @@ from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, GenerationRequest
 from asyncrl.generators.gate import Gate
 from asyncrl.generators.in_flight import AnswerLengths, InFlight, RequestFacts, is_recomputed
+from asyncrl.generators.seeds import seed_at
 from asyncrl.generators.staged import Staged, verified
-from asyncrl.generators.vllm_start import Launch, launch, stop
+from asyncrl.generators.vllm_start import Launch, adapter_request, launch, stop
 from asyncrl.generators.vllm_stream import CoreStats, Stream
+from asyncrl.weight_sync.errors import WeightSyncError
 from asyncrl.weight_sync.wire import Offer
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.inputs import TokensInput
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
@@ -84,7 +89,8 @@ class VLLMEngine:
     `max_model_len` bounds prompt plus answer in tokens. `seed` and `engine_id` together seed the sampler, so that two
     engines never draw the same answers. `first_core` binds a CPU engine to the cores [first_core, first_core +
     cores * tensor_parallel); without it the kernel places the engine's threads, `cores` of them computing. `in_flight` and
-    `prefix_cache` are those of `[weight_sync]`.
+    `prefix_cache` are those of `[weight_sync]`. `whole_prompts`: for requests with a seed. With `adapter_rank` above 0 the base is
+    read from `model_path` and each version is a LoRA adapter of that rank, which takes the place of the one before.
     """
 
     def __init__(
@@ -98,6 +104,8 @@ class VLLMEngine:
         first_core: int | None = None,
         in_flight: InFlight = "keep",
         prefix_cache: bool = True,
+        whole_prompts: bool = False,
+        adapter_rank: int = 0,
     ) -> None:
         self._pool = pool
         self._engine_id = engine_id
@@ -112,8 +120,11 @@ class VLLMEngine:
             seed=zlib.crc32(f"{seed}/{engine_id}".encode()) & 0x7FFFFFFF,
             first_core=first_core,
             prefix_cache=prefix_cache,
+            whole_prompts=whole_prompts,
+            adapter_rank=adapter_rank,
             folder=self._folder.name,
         )
+        self._adapter: LoRARequest | None = None
         self._llm: AsyncLLM | None = None
         self._ended: str | None = None
         self._version = -1
@@ -135,6 +146,7 @@ class VLLMEngine:
                 self._llm = await asyncio.to_thread(launch, self._launch, self._core)
                 # vLLM keeps the answer; asked for at the first request, it would suspend an admission.
                 await self._llm.get_supported_tasks()
+            self._adapter = adapter_request() if self._launch.adapter_rank else None
         except Exception as error:
             self._ended = "it did not start"
             raise EngineDead(
@@ -188,7 +200,10 @@ class VLLMEngine:
         """Does not suspend: see the invariants."""
         llm, request = self._serving(), run.request
         queue = await llm.add_request(
-            request.request_id, self._prompt([*request.tokens, *run.said]), _sampling(request, run.left)
+            request.request_id,
+            self._prompt([*request.tokens, *run.said]),
+            _sampling(run),
+            lora_request=self._adapter,
         )
         run.vllm_id, run.kv_version = queue.request_id, self._version
         return queue, Stream(request.request_id, llm.output_processor.request_states.get(queue.request_id))
@@ -233,9 +248,19 @@ class VLLMEngine:
     # ---- weights -----------------------------------------------------------------------------------------------
 
     async def stage(self, offer: Offer) -> None:
-        """Verify the offer's bytes in a thread, while generation goes on. Raises `ChecksumError`."""
+        """Verify the offer's bytes in a thread, while generation goes on. Raises `ChecksumError`, and `WeightSyncError` for an
+        adapter where whole models are expected, or the other way round."""
         self._serving()
+        self._check_kind(offer)
         self._staged[offer.version] = await asyncio.to_thread(verified, offer)
+
+    def _check_kind(self, offer: Offer) -> None:
+        rank = offer.plan.adapter.rank if offer.plan.adapter else 0
+        if rank != self._launch.adapter_rank:
+            raise WeightSyncError(
+                f"engine {self._engine_id}, version {offer.version}: expected {_kind(self._launch.adapter_rank)}, got "
+                f"{_kind(rank)}; learner and engine must run the same recipe ([learner.lora])"
+            )
 
     async def discard(self, version: int) -> None:
         self._staged.pop(version, None)
@@ -289,17 +314,15 @@ class VLLMEngine:
             await llm.abort([run.vllm_id for run in stale], internal=True)
 
     async def _write(self, llm: AsyncLLM, staged: Staged) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         offer = staged.offer
-        update = WeightTransferUpdateRequest(
-            update_info={"offer": msgspec.to_builtins(offer), "inode": staged.inode}
-        )
+        update = {"offer": msgspec.to_builtins(offer), "inode": staged.inode}
         complete = False
         try:
-            await llm.start_weight_update()
-            await llm.update_weights(update)
-            await llm.finish_weight_update(weight_version=str(offer.version))
+            if offer.plan.adapter is not None:
+                await llm.collective_rpc("replace_adapter", kwargs=update)
+                await llm.update_weight_version(str(offer.version))
+            else:
+                await _replace_model(llm, update, offer.version)
             complete = True
         except _dead_errors():
             raise
@@ -332,7 +355,10 @@ class VLLMEngine:
         )
         try:
             outputs = [
-                output async for output in llm.generate(self._prompt(tokens, probe_id), sampling, probe_id)
+                output
+                async for output in llm.generate(
+                    self._prompt(tokens, probe_id), sampling, probe_id, lora_request=self._adapter
+                )
             ]
         except _dead_errors() as error:
             raise self._died(error) from error
@@ -390,13 +416,28 @@ class VLLMEngine:
             self._llm.output_processor.propagate_error(EngineDeadError())
 
 
-def _sampling(request: GenerationRequest, budget: int) -> SamplingParams:
+async def _replace_model(llm: AsyncLLM, update: dict[str, Any], version: int) -> None:
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    await llm.start_weight_update()
+    await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+    await llm.finish_weight_update(weight_version=str(version))
+
+
+def _kind(rank: int) -> str:
+    return f"an adapter of rank {rank}" if rank else "a whole model"
+
+
+def _sampling(run: _Run) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    request = run.request
+    seed = None if request.seed is None else seed_at(*request.seed, len(request.tokens) + len(run.said))
     return SamplingParams(
         temperature=request.temperature,
-        max_tokens=budget,
+        max_tokens=run.left,
+        seed=seed,
         stop_token_ids=list(request.stop_token_ids),
         ignore_eos=True,  # only the request says what stops it
         logprobs=0,  # of the sampled token

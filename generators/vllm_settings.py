@@ -9,14 +9,32 @@ from asyncrl.generators.config import PoolConfig
 
 WORKER_EXTENSION = "asyncrl.weight_sync.vllm_worker.WorkerExtension"
 WEIGHT_BACKEND = "asyncrl"
+ADAPTER_ID = 1
+"""As in `asyncrl.weight_sync.vllm_adapter`; the same in every version, as an adapter takes the place of the one before."""
+_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Room for an adapter that vLLM can be built with."""
+_BATCHED_TOKENS = 2048
+"""vLLM's own default of what one step computes at most, where it is the smaller one."""
 OWNER_VARIABLE = "ASYNCRL_ENGINE_OWNER"
 """As in `asyncrl.weight_sync.vllm_worker`, which cannot be imported without vLLM."""
 
 
 def arguments(
-    pool: PoolConfig, model_path: str, max_model_len: int, seed: int, *, prefix_cache: bool = True
+    pool: PoolConfig,
+    model_path: str,
+    max_model_len: int,
+    seed: int,
+    *,
+    prefix_cache: bool = True,
+    whole_prompts: bool = False,
+    adapter_rank: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `AsyncEngineArgs`, but for the weight transfer configuration."""
+    """Keyword arguments of vLLM's `AsyncEngineArgs`, but for the weight transfer configuration.
+
+    `whole_prompts`: no prompt is computed in pieces. The CPU's model runner ends with an error at a request that has a seed and
+    whose prompt is in pieces. `adapter_rank`: versions are LoRA adapters of this rank, on the base of `model_path`; 0: they are
+    whole models. Raises ValueError for a rank that vLLM has no room for.
+    """
     on_cpu = pool.device == "cpu"
     device = (
         {"kv_cache_memory_bytes": pool.kv_cache_bytes}
@@ -29,7 +47,7 @@ def arguments(
         "seed": seed,
         "max_model_len": max_model_len,
         "max_num_seqs": pool.max_concurrency + 1,  # one more for a probe
-        "load_format": "dummy",
+        "load_format": "auto" if adapter_rank else "dummy",
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
@@ -39,8 +57,20 @@ def arguments(
         # Named, as vLLM would choose Ray by itself when it finds itself in an actor.
         "distributed_executor_backend": "uni" if pool.tensor_parallel == 1 else "mp",
         "worker_extension_cls": WORKER_EXTENSION,
+        **({"max_num_batched_tokens": max(_BATCHED_TOKENS, max_model_len)} if whole_prompts else {}),
+        **_adapter(adapter_rank),
         **device,
     }
+
+
+def _adapter(rank: int) -> dict[str, Any]:
+    """Room for the one adapter that every request has."""
+    if not rank:
+        return {}
+    room = next((most for most in _ADAPTER_RANKS if most >= rank), None)
+    if room is None:
+        raise ValueError(f"an adapter of rank {rank}: vLLM takes ranks up to {_ADAPTER_RANKS[-1]}")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
 
 def environment(

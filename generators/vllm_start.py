@@ -22,6 +22,7 @@ from asyncrl.generators.vllm_stream import CoreStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     first_core: int | None
     prefix_cache: bool
+    whole_prompts: bool
+    adapter_rank: int
+    """Versions are adapters of this rank; 0: whole models."""
     folder: str
     """For sockets and other short-lived files."""
 
@@ -89,10 +93,25 @@ def _config(wanted: Launch) -> VllmConfig:
     if wanted.pool.device == "cpu":
         _inspect_here(wanted.model_path)
     chosen = vllm_settings.arguments(
-        wanted.pool, wanted.model_path, wanted.max_model_len, wanted.seed, prefix_cache=wanted.prefix_cache
+        wanted.pool,
+        wanted.model_path,
+        wanted.max_model_len,
+        wanted.seed,
+        prefix_cache=wanted.prefix_cache,
+        whole_prompts=wanted.whole_prompts,
+        adapter_rank=wanted.adapter_rank,
     )
     transfer = WeightTransferConfig(backend=vllm_settings.WEIGHT_BACKEND)
     return AsyncEngineArgs(**chosen, weight_transfer_config=transfer).create_engine_config()
+
+
+def adapter_request() -> LoRARequest:
+    """What makes a request run with the adapter that `asyncrl.weight_sync.vllm_adapter` keeps in the workers."""
+    from vllm.lora.request import LoRARequest
+
+    name = "asyncrl"
+    # The path is never read: the adapter is there under its id from the first version on.
+    return LoRARequest(lora_name=name, lora_int_id=vllm_settings.ADAPTER_ID, lora_path=f"/{name}")
 
 
 def _inspect_here(model_path: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from asyncrl.buffer.schema import BATCH, ENVIRONMENT
-from asyncrl.learner.division import divide
+from asyncrl.learner.division import LINEAR, divide
 from asyncrl.learner.rows import MicroBatch, Rows, assemble
 
 _ANSWER_LISTS = ("logprobs", "versions", "trainable")
@@ -33,6 +33,10 @@ class Batch:
     """[rows] int64: 0, 1, ... in order of first appearance."""
     reward: np.ndarray
     """[rows] float32"""
+    cost: np.ndarray
+    """[rows] float32: what Safe RLHF holds below its limit; 0 where no reward term gives one."""
+    greedy: np.ndarray
+    """[rows] bool: the baseline of its group, sampled greedily; none of its tokens is trainable."""
     sequences: Rows
     behaviour: np.ndarray
     """[tokens] float32: logprobs under the policy that sampled."""
@@ -76,10 +80,14 @@ def read_table(table: pa.Table) -> Batch:
             f"rollout {rollout_id[row]} has no prompt tokens; nothing predicts its first answer token"
         )
     _check_origin(columns["versions"], columns["trainable"], answer_starts, rollout_id)
+    greedy = _flags(table, "greedy")
+    _check_greedy(greedy, columns["trainable"], answer_starts, rollout_id)
     return Batch(
         rollout_id=rollout_id,
         group=_dense(_numbers(table, "group_id")),
         reward=_numbers(table, "reward"),
+        cost=_numbers(table, "cost"),
+        greedy=greedy,
         sequences=Rows(
             prompt_starts=prompt_starts, prompts=prompts, answer_starts=answer_starts, answers=answers
         ),
@@ -101,10 +109,15 @@ def split_groups(group: np.ndarray, minibatches: int) -> list[np.ndarray]:
 
 
 def make_microbatches(
-    batch: Batch, rows: np.ndarray, tokens_per_microbatch: int, rank: int, ranks: int
+    batch: Batch,
+    rows: np.ndarray,
+    tokens_per_microbatch: int,
+    rank: int,
+    ranks: int,
+    even_length: float = LINEAR,
 ) -> list[MicroBatch]:
-    """This rank's forward passes over `rows`; as many on every rank."""
-    parts = divide(batch.sequences.lengths[rows], tokens_per_microbatch, ranks)[rank]
+    """This rank's forward passes over `rows`; as many on every rank. `even_length` is the model's, see `division`."""
+    parts = divide(batch.sequences.lengths[rows], tokens_per_microbatch, ranks, even_length)[rank]
     return [assemble(batch.sequences, rows[part]) for part in parts]
 
 
@@ -118,6 +131,11 @@ def _dense(ids: np.ndarray) -> np.ndarray:
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
     values: np.ndarray = _whole(table, name).to_numpy(zero_copy_only=True)
+    return values
+
+
+def _flags(table: pa.Table, name: str) -> np.ndarray:
+    values: np.ndarray = _whole(table, name).to_numpy(zero_copy_only=False)
     return values
 
 
@@ -158,4 +176,16 @@ def _check_origin(
         raise ValueError(
             f"rollout {rollout_id[row]}: token {wrong[0] - answer_starts[row]} is the environment's and marked trainable; "
             "no policy sampled it"
+        )
+
+
+def _check_greedy(
+    greedy: np.ndarray, trainable: np.ndarray, answer_starts: np.ndarray, rollout_id: np.ndarray
+) -> None:
+    wrong = np.flatnonzero(trainable & np.repeat(greedy, np.diff(answer_starts)))
+    if len(wrong):
+        row = int(np.searchsorted(answer_starts, wrong[0], side="right")) - 1
+        raise ValueError(
+            f"rollout {rollout_id[row]}: it is its group's greedy baseline and has trainable tokens; what was not sampled from "
+            "the policy's distribution cannot be trained"
         )

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from asyncrl.learner.lora_config import LoraConfig
 from asyncrl.learner.objective_config import GRPO, Objective
+from asyncrl.learner.sharding_config import Dtype, ShardingConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -17,10 +19,40 @@ HEAD_SIZES = (32, 64, 128)
 """Head sizes that every attention kernel of vLLM, on CPU and CUDA, has."""
 
 
+class CriticConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[learner.critic]`: the value model of `ppo` and `vapo`, with an optimizer of its own."""
+
+    path: str = ""
+    """Folder or hub name of a decoder to begin with; empty: the policy's. The value head begins as 0."""
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: NonNegative = 0
+    """Learner steps, the run's first, in which the critic alone trains. What is published then are the weights that the policy
+    started with, under new versions."""
+    rate_warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up of the learning rate."""
+    rate_decay_steps: NonNegative = 0
+    """Optimizer steps over which the rate falls in a straight line to a tenth; 0: it stays."""
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class ReferenceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[learner.reference]`: the frozen policy of `kl`."""
+
+    path: str = ""
+    """Folder or hub name; empty: the model that the run starts from."""
+
+
 class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[learner]`: the FSDP2 learner."""
 
     objective: Objective = msgspec.field(default_factory=GRPO)
+    critic: CriticConfig | None = None
+    """For objectives with a critic; none: its defaults."""
+    reference: ReferenceConfig | None = None
+    """For objectives with a KL; none: its defaults."""
+    lora: LoraConfig | None = None
+    """With it adapters are trained, without it every weight."""
     ranks: Positive = 1
     device: Literal["cpu", "cuda"] = "cuda"
     cores: Positive = 1
@@ -34,12 +66,23 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to that norm."""
+    fault_grad_norm: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """A gradient of a larger norm, before scaling, is a fault; 0: of none."""
+    fault_grad_norm_ratio: Annotated[float, msgspec.Meta(ge=0)] = 1000.0
+    """So is one of so many times the median norm of the last steps, or of `max_grad_norm` where that is larger; 0: none is."""
+    on_fault: Literal["stop", "restore"] = "stop"
+    """What a run does when a step is no good (loss, gradient or weights not finite, a gradient past the limits above) or a rank
+    dies: end with the rollouts named, or go on from its last checkpoint."""
+    max_restores: Positive = 3
+    """Restores without a step of progress in between, before the run ends after all."""
     minibatches_per_step: Positive = 1
     """Optimizer steps per batch; from 2 on the clip acts, as the proximal policy is the one at batch start."""
     tokens_per_microbatch: Positive = 8192
     """Prompt and answer tokens, padding included, of one forward pass on one rank."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Compute type; masters are always float32."""
+    sharding: ShardingConfig = msgspec.field(default_factory=ShardingConfig)
     start_timeout_s: PositiveFloat = 600.0
     step_timeout_s: PositiveFloat = 1800.0
 

@@ -32,15 +32,20 @@ def init_distributed(
     timeout_s: float,
     *,
     start_timeout_s: float | None = None,
+    replicas: int = 1,
+    on_host: bool = False,
 ) -> DeviceMesh:
-    """Joins the process group of the learner (gloo on CPU, NCCL on CUDA) and returns its mesh of shape [ranks].
+    """Joins the process group of the learner (gloo on CPU, NCCL on CUDA) and returns its mesh of shape [ranks], or with several
+    replicas [replicas, shards]: consecutive ranks are the shards of one replica.
 
-    `address` is `host:port`, where rank 0 listens; with one rank it is not used and no socket is opened. Each collective
+    `on_host`: tensors in host memory are reduced as well (NCCL knows none). `address` is `host:port`, where rank 0 listens; with one rank it is not used and no socket is opened. Each collective
     may take `timeout_s`, the meeting of the ranks `start_timeout_s` (default: the same). Raises what torch raises
     (`DistNetworkError`, `DistStoreError`) if the ranks do not meet in time.
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"learner rank must be within 0..{ranks - 1}, got {rank}")
+    if ranks % replicas:
+        raise ValueError(f"learner.sharding.replicas = {replicas} must divide the learner's {ranks} ranks")
     if dist.is_initialized():
         raise RuntimeError(
             "this process already is in a process group: close the learner that opened it first, or use a process of its own"
@@ -49,14 +54,22 @@ def init_distributed(
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
-        backend="nccl" if device == "cuda" else "gloo",
+        backend=_backend(device, on_host=on_host),
         store=store,
         rank=rank,
         world_size=ranks,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     logger.info("learner rank=%d ranks=%d device=%s joined", rank, ranks, device)
-    return init_device_mesh(device, (ranks,))
+    if replicas == 1:
+        return init_device_mesh(device, (ranks,))
+    return init_device_mesh(device, (replicas, ranks // replicas), mesh_dim_names=("replica", "shard"))
+
+
+def _backend(device: Device, *, on_host: bool) -> str:
+    if device == "cpu":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if on_host else "nccl"
 
 
 def _meet(rank: int, ranks: int, address: str, timeout_s: float) -> Store:
@@ -73,8 +86,8 @@ def _meet(rank: int, ranks: int, address: str, timeout_s: float) -> Store:
     )
 
 
-def this_device(device: Device) -> torch.device:
-    """The device of this rank, after `init_distributed`."""
+def this_device(device: str) -> torch.device:
+    """The device of this rank, after `init_distributed`. `device`: cpu or cuda, as a mesh names its type."""
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
 
 

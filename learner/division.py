@@ -1,54 +1,75 @@
 """Which rows run together: lengths in, rows of each rank's forward passes out. Pure numpy; called by `batch` and `sft`.
 
-Padding is paid in time, and so is a pass of its own; both are counted in tokens and their sum is made least.
+Rows of a pass are packed one after the other, so a pass computes its tokens and no padding. What is left to decide is which
+rank does what: ranks meet in the collectives of every layer of every pass, so a pass takes as long as its slowest rank.
+
+Invariants: each row is in one pass of one rank; ranks have equally many passes; within a pass rows stand by length, so that
+equally long ones are neighbours (attention runs them together).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-PASS_OVERHEAD_TOKENS = 32
-"""What one more forward and backward pass costs, in tokens: a row may be padded by less rather than split off."""
+LINEAR = float("inf")
+"""`even_length` of a model whose attention costs nothing: rows count by their tokens alone."""
 
 
-def divide(lengths: np.ndarray, tokens_per_pass: int, ranks: int) -> list[list[np.ndarray]]:
-    """Rows of each pass of each rank: [rank][pass] -> indices into `lengths`; ranks have equally many passes.
+def divide(
+    lengths: np.ndarray, tokens_per_pass: int, ranks: int, even_length: float = LINEAR
+) -> list[list[np.ndarray]]:
+    """Rows of each pass of each rank: [rank][pass] -> indices into `lengths`, longest first.
 
-    Rows are dealt to the ranks back and forth in order of length, so every rank gets nearly the same lengths, and its
-    k-th pass is about as large as the others' k-th. A rank with fewer passes gets empty ones at the end.
+    As few passes as the budget allows; a row longer than the budget runs alone. Ranks that have no row for a pass get an
+    empty one.
+
+    Args:
+        lengths: [rows] tokens.
+        tokens_per_pass: at most so many tokens run in one pass on one rank.
+        even_length: the length at which a row's attention costs as much as all the rest of the model: a row of L tokens costs
+            L + L^2 / even_length.
     """
-    order = np.argsort(-lengths, kind="stable")
-    turn = np.arange(len(order)) % (2 * ranks)
-    owner = np.where(turn < ranks, turn, 2 * ranks - 1 - turn)
-    shares = [order[owner == rank] for rank in range(ranks)]
-    passes = [_cut(share, lengths[share], tokens_per_pass) for share in shares]
-    most = max(map(len, passes))
-    nothing = np.zeros(0, dtype=np.int64)
-    return [own + [nothing] * (most - len(own)) for own in passes]
+    cost = lengths * (1.0 + lengths / even_length)
+    count = _least_passes(lengths, tokens_per_pass, ranks)
+    while (bins := _spread(lengths, cost, tokens_per_pass, count * ranks)) is None:
+        count += 1
+    return _deal([np.array(rows, dtype=np.int64) for rows in bins], cost, ranks)
 
 
-def _cut(rows: np.ndarray, lengths: np.ndarray, limit: int) -> list[np.ndarray]:
-    """Cuts rows, longest first, into runs of at most `limit` tokens with padding, at the least total cost.
+def _least_passes(lengths: np.ndarray, limit: int, ranks: int) -> int:
+    """No division has fewer passes: rows over the budget have a bin each, the others fill theirs at best."""
+    over = lengths > limit
+    bins = int(over.sum()) + -(-int(lengths[~over].sum()) // limit)
+    return max(1, -(-bins // ranks))
 
-    Shortest path: cost[end] = min over start of cost[start] + (end - start) * lengths[start] + overhead. A row longer than
-    `limit` runs alone.
+
+def _spread(lengths: np.ndarray, cost: np.ndarray, limit: int, count: int) -> list[list[int]] | None:
+    """Rows over `count` bins of at most `limit` tokens, evenly by cost; None if they did not fit.
+
+    Longest first, each into the least costly bin that has room for it (Graham's LPT rule: with room everywhere, no two bins
+    differ by more than the costliest row).
     """
-    count = len(rows)
-    if not count:
-        return []
-    cost = np.zeros(count + 1)
-    came_from = np.zeros(count + 1, dtype=np.int64)
-    first = 0
-    for end in range(1, count + 1):
-        while first < end - 1 and (end - first) * lengths[first] > limit:
-            first += 1
-        starts = np.arange(first, end)
-        total = cost[starts] + (end - starts) * lengths[starts] + PASS_OVERHEAD_TOKENS
-        best = int(np.argmin(total))
-        cost[end], came_from[end] = total[best], starts[best]
-    cuts = []
-    end = count
-    while end:
-        cuts.append(rows[came_from[end] : end])
-        end = int(came_from[end])
-    return cuts[::-1]
+    tokens, load = np.zeros(count, dtype=np.int64), np.zeros(count)
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for row in np.argsort(-lengths, kind="stable"):
+        room = (tokens == 0) | (tokens + lengths[row] <= limit)
+        chosen = int(np.argmin(np.where(room, load, np.inf)))
+        if not room[chosen]:
+            return None
+        tokens[chosen] += lengths[row]
+        load[chosen] += cost[row]
+        bins[chosen].append(int(row))
+    return bins
+
+
+def _deal(bins: list[np.ndarray], cost: np.ndarray, ranks: int) -> list[list[np.ndarray]]:
+    """Bins of nearly the same cost run at the same time, and the costliest of them goes to the rank that has least so far."""
+    load = np.array([cost[rows].sum() for rows in bins])
+    order = np.argsort(-load, kind="stable")
+    total = np.zeros(ranks)
+    parts: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+    for turn in order.reshape(-1, ranks):
+        for rank, chosen in zip(np.argsort(total, kind="stable"), turn, strict=True):
+            parts[rank].append(bins[chosen])
+            total[rank] += load[chosen]
+    return parts

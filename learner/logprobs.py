@@ -59,7 +59,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad, entropy_grad = grads
         hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # A frozen head, under adapters, is spared a third of the work.
+        wanted = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
             scale = grad[part, None] / ctx.temperature
@@ -70,8 +72,10 @@ class _TokenLogprobs(torch.autograd.Function):
             slope = log_p.exp_().mul_(-pull).scatter_add_(-1, targets[part, None], scale)
             slope = slope.to(hidden.dtype)
             torch.mm(slope, weight, out=grad_hidden[part])
-            grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                grad_weight += slope.T @ hidden[part]
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What one training step says of itself, and how it is computed from whole-batch columns.
 
-Every rank has the whole columns (see `batch`), so every rank computes the same figures. Called by `step`.
+Every rank has the whole columns (see `batch`), so every rank computes the same figures. Called by `training`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from asyncrl.learner.columns import Columns
 from asyncrl.learner.mismatch import difference, sampled_by
 from asyncrl.learner.objective import clip_bites, correction_acts, correction_weights
 from asyncrl.learner.objective_config import Objective
+from asyncrl.learner.penalties import kl_estimate
 
 ROUNDING = 1e-8
 """An advantage of at most that is 0: rewards that are all equal may differ from their mean in the last bit."""
@@ -23,11 +24,24 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of one batch. Logprobs in nats; `nan` where there was nothing to measure."""
 
     loss: float
-    """Mean over the minibatches, each before its own optimizer step."""
+    """Mean over the minibatches, each before its own optimizer step; nan where the critic alone trained, as `grad_norm`."""
     grad_norm: float
     """Before clipping, mean over the minibatches."""
     learning_rate: float
     optimizer_steps: float
+    value_loss: float
+    """Of the critic, mean over the minibatches; nan without one, as the three below."""
+    critic_grad_norm: float
+    critic_learning_rate: float
+    explained_variance: float
+    """1 - Var(return - value) / Var(return) over trainable tokens, values at batch start: 1 is a critic that knows, 0 one that
+    might as well say the mean."""
+    kl_reference: float
+    """Mean k3 estimate of KL(learner || reference) over trainable tokens, at their own pass; nan without a reference."""
+    cost_mean: float
+    """Of a rollout."""
+    cost_multiplier: float
+    """That acted in this step; nan without a constraint."""
     reward_mean: float
     reward_std: float
     advantage_mean: float
@@ -72,6 +86,16 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """tokens_total / step_s."""
 
 
+def figures_of(batch: Batch, columns: Columns, objective: Objective, version: int) -> dict[str, float]:
+    """All that follows from the columns once the batch was trained. `version` is that at hand-over."""
+    return {
+        **learning_figures(batch, columns, objective),
+        **part_figures(batch, columns),
+        **mismatch_figures(batch, columns.proximal.cpu().numpy(), version),
+        **size_figures(batch),
+    }
+
+
 def learning_figures(batch: Batch, columns: Columns, objective: Objective) -> dict[str, float]:
     """Rewards, advantages, policy, correction and clip."""
     kept = columns.trainable
@@ -89,6 +113,22 @@ def learning_figures(batch: Batch, columns: Columns, objective: Objective) -> di
         "clip_fraction": _mean(clip_bites(objective, columns)[kept]),
         "importance_mean": _mean(correction_weights(objective, columns)[kept]),
         "importance_capped": _mean(correction_acts(objective, columns)[kept]),
+    }
+
+
+def part_figures(batch: Batch, columns: Columns) -> dict[str, float]:
+    """Of critic, reference and costs."""
+    kept = columns.trainable
+    unexplained = float("nan")
+    if columns.values.shape[1] and bool(kept.any()):
+        returns, values = columns.returns[kept, 0].double(), columns.values[kept, 0].double()
+        spread = returns.var(correction=0)
+        unexplained = float((returns - values).var(correction=0) / spread) if spread > 0 else float("nan")
+    kl = kl_estimate(columns.current[kept].double(), columns.reference[kept].double(), "k3")
+    return {
+        "explained_variance": 1 - unexplained,
+        "kl_reference": _mean(kl),
+        "cost_mean": float(batch.cost.mean()),
     }
 
 

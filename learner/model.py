@@ -6,52 +6,48 @@ Invariants:
 - `Policy.parameters()` are the sharded masters between passes. A pass without backward leaves modules whole, so every such
   pass goes through `logprobs_no_grad`, which shards them again: else the next pass would run on old weights.
 - No dropout: a token's logprob is a function of weights and context alone, as in the engines.
-Called by `step` and `sft`.
+`states_before` serves the critic too. Called by `step`, `critic`, `reference` and `sft`.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from asyncrl.learner import attention
+from asyncrl.learner.distributed import this_device
+from asyncrl.learner.loading import build, fill
 from asyncrl.learner.logprobs import token_logprobs, token_logprobs_and_entropies
+from asyncrl.learner.lora_config import LoraConfig
+from asyncrl.learner.packing_check import check_apart
 from asyncrl.learner.rows import MicroBatch
-from asyncrl.learner.sharding import Dtype, decoder_layers, reshard, shard
+from asyncrl.learner.sharding import decoder_layers, home_of, reshard, shard
+from asyncrl.learner.sharding_config import Dtype, ShardingConfig
 
 
 class Policy(nn.Module):
     """Wraps the causal LM so that the output weight is used inside the sharded root's forward pass."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.lm = lm
+        self.lora = lora
+        self.even_length = even_length(lm)
         self._parts = _Parts(lm)
 
     def forward(self, part: MicroBatch, temperature: float, with_entropy: bool = False) -> torch.Tensor:
         """Logprobs of `part.targets`: [tokens] float32; `with_entropy` [2, tokens], the entropies of their distributions below
         them. `temperature` is the sampling temperature: logits are divided by it."""
-        hidden = self._hidden(part)
+        hidden = states_before(self._parts.decoder, part)
         weight = self._parts.head.weight
         if with_entropy:
             return torch.stack(token_logprobs_and_entropies(hidden, weight, part.targets, temperature))
         return token_logprobs(hidden, weight, part.targets, temperature)
-
-    def _hidden(self, part: MicroBatch) -> torch.Tensor:
-        """[tokens, width]: the output at the position before each token."""
-        out = self._parts.decoder(
-            input_ids=part.input_ids,
-            position_ids=part.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            packing=part.packing,
-        )
-        hidden: torch.Tensor = out.last_hidden_state
-        return hidden[0].index_select(0, part.predictors)
 
     def logprobs_no_grad(self, part: MicroBatch, temperature: float) -> torch.Tensor:
         """As `forward`, with no graph; whatever the pass left whole is sharded again. A collective."""
@@ -59,6 +55,28 @@ class Policy(nn.Module):
             out: torch.Tensor = self(part, temperature)
         reshard(self)
         return out
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Within it, the policy is the frozen base that its adapters are put on, without gradients: a reference that costs no memory.
+
+        Raises ValueError without adapters.
+        """
+        from asyncrl.learner.lora import adapters_off
+
+        return adapters_off(self)
+
+
+def states_before(decoder: nn.Module, part: MicroBatch) -> torch.Tensor:
+    """[tokens, width]: the decoder's output at the position before each token."""
+    out = decoder(
+        input_ids=part.input_ids,
+        position_ids=part.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        packing=part.packing,
+    )
+    hidden: torch.Tensor = out.last_hidden_state
+    return hidden[0].index_select(0, part.predictors)
 
 
 class _Parts:
@@ -84,17 +102,88 @@ class _Parts:
                 )
 
 
-def load_policy(path: str | Path, mesh: DeviceMesh, dtype: Dtype) -> Policy:
+def even_length(lm: PreTrainedModel) -> float:
+    """The length at which attention costs a rollout as much as all the rest, the head included.
+
+    A weight is 2 FLOPs for each token (of experts only the chosen ones, of the input embedding none), and attention 4 for each
+    pair of positions and channel, half of the square of the length.
+    """
+    config = lm.config.get_text_config()
+    experts = next(
+        (
+            getattr(config, name)
+            for name in ("num_experts", "num_local_experts", "n_routed_experts")
+            if getattr(config, name, None)
+        ),
+        1,
+    )
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    weights = sum(
+        parameter.numel() * (chosen / experts if ".experts." in name else 1.0)
+        for name, parameter in lm.named_parameters()
+    )
+    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    if embedding is not head:
+        weights -= embedding.numel()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return float(weights / (config.num_hidden_layers * config.num_attention_heads * size))
+
+
+def load_policy(
+    path: str | Path,
+    mesh: DeviceMesh,
+    dtype: Dtype,
+    lora: LoraConfig | None = None,
+    sharding: ShardingConfig | None = None,
+) -> Policy:
     """Loads the folder (or hub name) `path` with float32 masters and shards it over `mesh`. A collective.
 
-    Raises ValueError for models whose logits are not `hidden @ weight.T` (a head with bias, capped logits).
+    With `lora` the model is frozen, in the type in which it is stored, and its adapters are the masters. Raises ValueError for
+    models whose logits are not `hidden @ weight.T` (a head with bias, capped logits), and for those that do not keep packed
+    rollouts apart: one small pass shows it.
     """
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
-    policy = Policy(lm)
-    shard(policy, decoder_layers(lm), mesh, dtype)
+    sharding = sharding or ShardingConfig()
+    if lora is None:
+        policy = _load_whole(path, mesh, dtype, sharding)
+    else:
+        policy = _load_adapted(path, mesh, dtype, lora, sharding)
+    vocabulary = policy.lm.config.get_text_config().vocab_size
+    device = this_device(mesh.device_type)
+    check_apart(str(path), lambda part: policy.logprobs_no_grad(part, 1.0), vocabulary, device)
+    return policy
+
+
+def _load_whole(path: str | Path, mesh: DeviceMesh, dtype: Dtype, sharding: ShardingConfig) -> Policy:
+    blueprint = build(path, attention.NAME)
+    policy = Policy(blueprint.model)
+    shard(policy, decoder_layers(blueprint.model), mesh, dtype, sharding)
+    fill(blueprint, home_of(sharding, this_device(mesh.device_type)))
+    return policy.eval()
+
+
+def _load_adapted(
+    path: str | Path, mesh: DeviceMesh, dtype: Dtype, lora: LoraConfig, sharding: ShardingConfig
+) -> Policy:
+    from asyncrl.learner.lora import adapt, stored_dtype
+
+    blueprint = build(path, attention.NAME, dtype=stored_dtype(path))
+    adapted = adapt(blueprint, lora)
+    policy = Policy(blueprint.model, lora)
+    shard(policy, decoder_layers(blueprint.model), mesh, dtype, sharding)
+    home = home_of(sharding, this_device(mesh.device_type))
+    fill(blueprint, home, original=adapted.original, fresh=adapted.fresh)
     return policy.eval()
 
 
 def checkpoint_parameters(policy: Policy) -> dict[str, nn.Parameter]:
     """Sharded masters under checkpoint names, each tied weight once (under its input name), in model order."""
     return {name.removeprefix("lm."): parameter for name, parameter in policy.named_parameters()}
+
+
+def trained_parameters(policy: Policy) -> dict[str, nn.Parameter]:
+    """Of these the ones that are trained: all, or the adapters."""
+    return {
+        name: parameter
+        for name, parameter in checkpoint_parameters(policy).items()
+        if parameter.requires_grad
+    }

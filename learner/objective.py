@@ -1,45 +1,32 @@
-"""What an objective's settings come to: advantages of a batch, and the loss of each token.
+"""What an objective's settings come to: the loss of each token, and that of a minibatch.
 
-    rewards --overlong--> advantages (`advantages`)                                        whole batches, by `step`
-    logprobs --> weight (`corrections`) x surrogate (`surrogates`) - entropy bonus         forward passes, by `step`
-    sum(weights x losses) (`aggregation`)
+    logprobs --> weight (`corrections`) x surrogate (`surrogates`) - entropy bonus + KL to the reference
+    sum(weights x losses) (`aggregation`) + imitation of what was right (VAPO)
 
-Called by `step` for the gradient and again, without one, for the figures of the step (`metrics`).
+Advantages are there already (`estimation`). Called by `policy_step` for the gradient and again, without one, for the figures of
+the step (`metrics`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from asyncrl.learner.advantages import (
-    discounted_returns,
-    group_relative,
-    leave_one_out,
-    on_last_token,
-    whiten,
-)
+from asyncrl.learner.aggregation import weighted_sum
 from asyncrl.learner.columns import Columns
 from asyncrl.learner.corrections import importance_ratio, interpolated, masked, truncated
 from asyncrl.learner.objective_config import (
     CISPO,
-    DAPO,
     GRPO,
     GSPO,
+    KL,
     PPO,
-    RLOO,
-    VAPO,
     Correction,
     Decoupled,
-    DrGRPO,
     Masked,
     NoCorrection,
     Objective,
-    ReinforcePP,
-    ReinforcePPBaseline,
-    ReMax,
 )
-from asyncrl.learner.objective_needs import name_of
-from asyncrl.learner.penalties import overlong_penalty
+from asyncrl.learner.penalties import kl_estimate
 from asyncrl.learner.surrogates import (
     clip_acts,
     clipped_surrogate,
@@ -50,48 +37,25 @@ from asyncrl.learner.surrogates import (
 )
 
 
-def shaped_rewards(objective: Objective, rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Rewards with what the objective adds to them. Args: [rows] rewards, answer tokens. Returns: [rows] float64."""
-    overlong = objective.overlong
-    if overlong is None:
-        return rewards.double()
-    penalty = overlong_penalty(lengths, overlong.free_tokens, overlong.ramp_tokens, overlong.penalty)
-    return rewards.double() + penalty
-
-
-def token_advantages(
-    objective: Objective,
-    rewards: torch.Tensor,
-    group: torch.Tensor,
-    row: torch.Tensor,
-    sampled: torch.Tensor,
-    trainable: torch.Tensor,
-) -> torch.Tensor:
-    """Advantage of each token of a whole batch, for objectives that need no part beside the policy.
-
-    Args: rewards [rows] float64, group [rows] int64, row [tokens] int64, sampled and trainable [tokens] bool.
-    Returns: [tokens] float64; what the environment's tokens get has no meaning.
-    """
-    if isinstance(objective, ReinforcePP):
-        returns = torch.zeros(len(row), dtype=rewards.dtype)
-        own = row[sampled]
-        returns[sampled] = discounted_returns(on_last_token(rewards, own), own, objective.discount)
-        return whiten(returns, trainable)
-    if isinstance(objective, ReinforcePPBaseline):
-        return whiten(group_relative(rewards, group, normalise_std=False)[row], trainable)
-    if isinstance(objective, RLOO):
-        return leave_one_out(rewards, group)[row]
-    if isinstance(objective, PPO | VAPO | ReMax):
-        raise AssertionError(f"{name_of(objective)}: a learner without its parts does not start")
-    normalise = isinstance(objective, DAPO) or (not isinstance(objective, DrGRPO) and objective.normalise_std)
-    return group_relative(rewards, group, normalise_std=normalise)[row]
+def loss_of(columns: Columns, losses: torch.Tensor) -> torch.Tensor:
+    """The loss of a minibatch, or a part's share in it, from its `token_losses`: sum(weights x losses), and for `vapo`
+    sum(imitation x -log pi), arXiv:2504.05118, section 4.3: the mean over the tokens of what was right."""
+    return weighted_sum(losses, columns.weights) + weighted_sum(-columns.current, columns.imitation)
 
 
 def token_losses(objective: Objective, columns: Columns) -> torch.Tensor:
-    """[tokens]: constant weight x surrogate - entropy bonus. The gradient flows through `current` and `entropy`."""
+    """[tokens]: constant weight x surrogate - entropy bonus + KL. The gradient flows through `current` and `entropy`.
+
+    The correction's weight is the surrogate's alone: entropy and KL are of the present policy, at states that another one
+    may have reached.
+    """
     proximal = _proximal(objective.correction, columns)
     losses = _weights(objective.correction, proximal, columns) * _surrogate(objective, proximal, columns)
-    return losses - objective.entropy_bonus * columns.entropy if objective.entropy_bonus else losses
+    if objective.entropy_bonus:
+        losses = losses - objective.entropy_bonus * columns.entropy
+    if objective.kl is not None and objective.kl.place == "loss":
+        losses = losses + objective.kl.coefficient * _kl(objective.kl, columns)
+    return losses
 
 
 def correction_weights(objective: Objective, columns: Columns) -> torch.Tensor:
@@ -134,6 +98,13 @@ def _log_ratio(objective: Objective, proximal: torch.Tensor, columns: Columns) -
         ratio = log_ratio(columns.current, proximal)
     # Of a token that is context only the ratio may be anything; where it overflows, the gradient would be NaN: 0 x inf.
     return torch.where(columns.trainable, ratio, 0.0)
+
+
+def _kl(kl: KL, columns: Columns) -> torch.Tensor:
+    # As in `_log_ratio`: of context alone it may be anything, and 0 x inf is NaN.
+    policy = torch.where(columns.trainable, columns.current, 0.0)
+    reference = torch.where(columns.trainable, columns.reference, 0.0)
+    return kl_estimate(policy, reference, kl.estimator)
 
 
 def _dual_clip(objective: Objective) -> float | None:

@@ -206,6 +206,8 @@ class VAPO(_Objective, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
     value_clip: PositiveFloat | None = 0.2
     imitation: NonNegativeFloat = 0.1
     """Weight of the loss on what was answered right."""
+    right_above: float = 0.0
+    """A rollout is right where its reward, before any shaping, is above."""
 
 
 Objective = (

@@ -1,11 +1,11 @@
 """What an objective needs, and the rules that its settings break with the rest of a recipe. Pure; no torch.
 
-Called by `recipes.recipe` (every rule) and by `step` (which logprobs to compute; a learner that lacks a part does not start).
+Called by `recipes.recipe` (every rule) and by `step` and `training` (which parts to load, which logprobs to compute).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -27,15 +27,6 @@ Rule = tuple[str, str, str]
 """Key path within the recipe, what was found there, advice."""
 
 HERE = "learner.objective"
-NOT_THERE: Mapping[Part, str] = {
-    "critic": "needs a critic (a value model beside the policy), which the learner does not have yet: without one there are "
-    'no advantages. Use one that needs none: "grpo", "dapo", "rloo", "reinforce_pp", "gspo" or "cispo"',
-    "greedy rollouts": 'needs a greedy answer to each prompt as its baseline, which engines do not sample yet. Use "rloo", '
-    "whose baseline are the other rollouts of the prompt",
-    "reference model": "needs logprobs of a reference model, which the learner does not have yet: leave `kl` out",
-    "costs": "needs a cost of each rollout, which batches do not carry yet: leave `cost` out, and put the cost into the reward",
-}
-"""Parts that no run has yet, and the way out."""
 
 
 class Needs(msgspec.Struct, frozen=True):
@@ -45,6 +36,8 @@ class Needs(msgspec.Struct, frozen=True):
     parts: frozenset[Part]
     entropy: bool
     """The entropy of each token's distribution, with its gradient."""
+    early_proximal: bool
+    """Proximal logprobs of the whole batch before the first minibatch's own pass: advantages are made of them."""
     several_rollouts: bool
     """At least two rollouts of each prompt."""
 
@@ -56,6 +49,12 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     rollouts_per_prompt: int
     dynamic_sampling: bool
     max_new_tokens: int
+    steps: int | None = None
+    """Learner steps of the run."""
+    critic_warmup_steps: int | None = None
+    """None without `[learner.critic]`."""
+    reference: bool = False
+    """There is a `[learner.reference]`."""
 
 
 def needs_of(objective: Objective) -> Needs:
@@ -73,12 +72,16 @@ def needs_of(objective: Objective) -> Needs:
     if objective.kl is not None:
         parts.add("reference model")
         logprobs.add("reference")
+    in_reward = objective.kl is not None and objective.kl.place == "reward"
+    if in_reward:
+        logprobs.add("proximal")
     if objective.cost is not None:
         parts.add("costs")
     return Needs(
         logprobs=frozenset(logprobs),
         parts=frozenset(parts),
         entropy=objective.entropy_bonus > 0,
+        early_proximal=in_reward,
         several_rollouts=objective.compares_rollouts,
     )
 
@@ -90,10 +93,10 @@ def name_of(objective: Objective) -> str:
 
 def broken_rules(objective: Objective, around: Surroundings) -> Iterator[Rule]:
     """Every rule that the objective breaks, by itself or with the rest of the recipe."""
-    yield from missing_parts(objective)
     yield from _correction_rules(objective, around)
     yield from _aggregation_rules(objective, around)
     yield from _sampling_rules(objective, around)
+    yield from _part_rules(objective, around)
     if objective.kl is not None and objective.kl.estimator == "k1" and objective.kl.place == "loss":
         yield (
             f"{HERE}.kl.estimator",
@@ -102,13 +105,26 @@ def broken_rules(objective: Objective, around: Surroundings) -> Iterator[Rule]:
         )
 
 
-def missing_parts(objective: Objective) -> Iterator[Rule]:
-    """What the objective needs and no run has yet."""
-    for part in sorted(needs_of(objective).parts):
-        if part in NOT_THERE:
-            key = {"reference model": "kl", "costs": "cost"}.get(part, "type")
-            found = repr(name_of(objective)) if key == "type" else ""
-            yield f"{HERE}.{key}", found, NOT_THERE[part]
+def _part_rules(objective: Objective, around: Surroundings) -> Iterator[Rule]:
+    parts, warmup = needs_of(objective).parts, around.critic_warmup_steps
+    if warmup is not None and "critic" not in parts:
+        yield (
+            "learner.critic",
+            "",
+            f'objective `{name_of(objective)}` has no critic: leave it out, or use type = "ppo" or "vapo"',
+        )
+    elif warmup is not None and around.steps is not None and warmup >= around.steps:
+        yield (
+            "learner.critic.warmup_steps",
+            str(warmup),
+            f"the policy would never train: the run has {around.steps} steps; set fewer",
+        )
+    if around.reference and "reference model" not in parts:
+        yield (
+            "learner.reference",
+            "",
+            "nothing is compared with it, as the objective has no `kl`: leave it out, or set learner.objective.kl",
+        )
 
 
 def _correction_rules(objective: Objective, around: Surroundings) -> Iterator[Rule]:

@@ -67,7 +67,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        names = ("input_ids", "position_ids", "predictors", "targets", "place")
+        names = ("input_ids", "position_ids", "packing", "predictors", "targets", "place")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -103,7 +103,7 @@ def assemble(rows: Rows, chosen: np.ndarray) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.from_numpy(whole[_ranges(starts, lengths)])[None],
         position_ids=torch.from_numpy(_ranges(np.zeros_like(lengths), lengths))[None],
-        packing=Packing(tuple(lengths.tolist())),
+        packing=Packing.of(tuple(lengths.tolist())),
         predictors=torch.from_numpy(_ranges(first + prompt - 1, answer)),
         targets=torch.from_numpy(targets),
         place=torch.from_numpy(place),
@@ -114,7 +114,7 @@ def assemble(rows: Rows, chosen: np.ndarray) -> MicroBatch:
 def _nothing() -> MicroBatch:
     nothing = torch.zeros(0, dtype=torch.int64)
     one = torch.zeros((1, 1), dtype=torch.int64)
-    return MicroBatch(one, one, Packing((1,)), nothing, nothing, nothing, padding=1)
+    return MicroBatch(one, one, Packing.of((1,)), nothing, nothing, nothing, padding=1)
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

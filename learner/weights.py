@@ -1,25 +1,29 @@
 """The learner's parameters on their way out: the bucket plan, one bucket's tensors, a Hugging Face folder.
 
 Invariants: every rank walks the same plan in the same order; tied weights travel once; a folder is there whole or not at all.
-Called by `step` and `sft`. Gathering is a collective.
+Called by `step`, `sft` and `export`. Gathering is a collective.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from asyncrl.learner.model import Policy, checkpoint_parameters
+from asyncrl.learner.lora_config import LoraConfig
+from asyncrl.learner.model import Policy
+from asyncrl.learner.outgoing import Outgoing, adapter_alone, whole_model
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FOLDER = "adapter"
+"""Within a saved model's folder."""
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -33,27 +37,22 @@ _TOKENIZER_FILES = (
 )
 
 
-def whole(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-    """The parameter from all ranks' shards, cast to `dtype`, contiguous, on the learner's device. A collective.
-
-    May share memory with the master on one rank: copy it before the next step if it must last.
-    """
-    data = parameter.detach()
-    full = data.full_tensor() if isinstance(data, DTensor) else data
-    return full.to(dtype).contiguous()
-
-
-def save_folder(policy: Policy, model_path: str | Path, folder: Path, *, rank: int) -> None:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load: float32 weights, config, tokenizer files.
+def save_folder(
+    policy: Policy,
+    model_path: str | Path,
+    folder: Path,
+    *,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load: weights in `dtype`, config, tokenizer files; with LoRA
+    the merged weights, and in `adapter/` the adapter alone as `peft.PeftModel.from_pretrained` loads it.
 
     A collective; rank 0 writes into a folder beside it and renames that. The tokenizer is that of `model_path`. Raises
     FileExistsError if `folder` is there already, after the collective, so that no other rank is left waiting.
     """
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in checkpoint_parameters(policy).items():
-        tensor = whole(parameter, torch.float32)
-        if rank == 0:
-            state[name] = tensor.cpu()
+    state = _collected(whole_model(policy), rank, dtype)
+    adapter = _collected(adapter_alone(policy), rank, torch.float32) if policy.lora else {}
     if rank != 0:
         return
     if folder.exists():
@@ -65,12 +64,49 @@ def save_folder(policy: Policy, model_path: str | Path, folder: Path, *, rank: i
     shutil.rmtree(partial, ignore_errors=True)
     try:
         policy.lm.save_pretrained(partial, state_dict=state)
+        _name_dtype(partial / "config.json", dtype)
         _copy_tokenizer(model_path, partial)
+        if policy.lora:
+            write_adapter(adapter, policy.lora, str(model_path), partial / ADAPTER_FOLDER)
+            _to_disk(partial / ADAPTER_FOLDER)
         _to_disk(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("saved model folder=%s tensors=%d", folder, len(state))
+
+
+def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, base: str, folder: Path) -> None:
+    """An adapter folder in peft's layout, from tensors under the names of `outgoing.adapter_alone`, on the model `base`."""
+    from asyncrl.learner.lora import PEFT_PREFIX, peft_config
+
+    layers = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in state}
+    described = peft_config(lora, sorted(layers))
+    described.base_model_name_or_path = base
+    described.inference_mode = True
+    folder.mkdir()
+    described.save_pretrained(str(folder))
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _collected(tensors: dict[str, Outgoing], rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """On the host, on rank 0; empty on the others. A collective."""
+    state = {}
+    for name, outgoing in tensors.items():
+        tensor = outgoing.whole(dtype)
+        if rank == 0:
+            state[name] = tensor.cpu()
+    return state
+
+
+def _name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """transformers names the type of the model in memory, which with adapters is the base's: readers would load in that."""
+    settings = json.loads(config.read_text())
+    for part in (settings, settings.get("text_config", {})):
+        part.pop("torch_dtype", None)
+        if part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _copy_tokenizer(model_path: str | Path, folder: Path) -> None:

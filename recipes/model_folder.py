@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from asyncrl.recipes.plan_lora import LinearLayers
+
 _BYTES = {
     "F64": 8,
     "F32": 4,
@@ -26,6 +28,10 @@ _BYTES = {
 }
 
 
+_USUAL_LABELS = 2
+"""Of a classifier whose config.json does not say; one with a single label says so."""
+
+
 class ModelFolderError(ValueError):
     """The folder is not a model that can be run; the message says what is missing."""
 
@@ -35,6 +41,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     stored_bytes: int
     max_position_embeddings: int | None
     architecture: str
+    linears: dict[str, LinearLayers] = {}
+    """By last name; see `_linears`."""
 
 
 def inspect_model(folder: Path) -> ModelFacts:
@@ -52,11 +60,50 @@ def inspect_model(folder: Path) -> ModelFacts:
         raise ModelFolderError(f"{folder} has no tokenizer (tokenizer.json): save it beside the model")
     tensors = [t for shard in shards for t in _header(shard)]
     return ModelFacts(
-        parameters=sum(count for _, count in tensors),
-        stored_bytes=sum(_BYTES.get(dtype, 4) * count for dtype, count in tensors),
+        parameters=sum(math.prod(shape) for _, _, shape in tensors),
+        stored_bytes=sum(_BYTES.get(dtype, 4) * math.prod(shape) for _, dtype, shape in tensors),
         max_position_embeddings=config.get("max_position_embeddings"),
         architecture=architectures[0],
+        linears=_linears(tensors),
     )
+
+
+def _linears(tensors: list[tuple[str, str, list[int]]]) -> dict[str, LinearLayers]:
+    """The matrices within numbered layers, each expert's left out: many architectures have them as one fused parameter."""
+    found: dict[str, LinearLayers] = {}
+    for name, _, shape in tensors:
+        *path, layer, last = ("", "", *name.split("."))
+        inside = any(part.isdigit() for part in path) and "experts" not in path
+        if len(shape) == 2 and last == "weight" and inside:
+            found[layer] = found.get(layer, LinearLayers()).with_another(shape[1], shape[0])
+    return found
+
+
+def inspect_reward_model(folder: Path, *, chat_template: bool) -> ModelFacts:
+    """As `inspect_model`, of a sequence classifier with one label. Raises ModelFolderError."""
+    model, config = inspect_model(folder), _json(folder / "config.json")
+    if not model.architecture.endswith("ForSequenceClassification"):
+        raise ModelFolderError(
+            f"{folder} is a {model.architecture}, and a reward model is a ...ForSequenceClassification: one that is not gives no "
+            "number for an answer"
+        )
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", _USUAL_LABELS)
+    if labels != 1:
+        raise ModelFolderError(
+            f"{folder} has {labels} labels, and a reward is one number: name a model with num_labels = 1"
+        )
+    if chat_template and not _has_chat_template(folder):
+        raise ModelFolderError(
+            f"{folder} has no chat template, and serving.chat_template is true: set it to false"
+        )
+    return model
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(_json(path).get("chat_template"))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -70,8 +117,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise ModelFolderError(f"{path}: {error}") from error
 
 
-def _header(shard: Path) -> list[tuple[str, int]]:
-    """(dtype, elements) of each tensor: the file starts with the header's length, 8 bytes little-endian, then JSON."""
+def _header(shard: Path) -> list[tuple[str, str, list[int]]]:
+    """(name, dtype, shape) of each tensor: the file starts with the header's length, 8 bytes little-endian, then JSON."""
     with shard.open("rb") as file:
         prefix = file.read(8)
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -81,4 +128,4 @@ def _header(shard: Path) -> list[tuple[str, int]]:
             header = msgspec.json.decode(file.read(size), type=dict[str, dict[str, Any]])
         except msgspec.DecodeError as error:
             raise ModelFolderError(f"{shard} has a broken header: {error}") from error
-    return [(t["dtype"], math.prod(t["shape"])) for name, t in header.items() if name != "__metadata__"]
+    return [(name, t["dtype"], t["shape"]) for name, t in header.items() if name != "__metadata__"]

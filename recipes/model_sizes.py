@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from asyncrl.recipes.plan_lora import LinearLayers
 from asyncrl.recipes.plan_model import ModelShape
 
 
@@ -91,7 +92,20 @@ def _shape(model: PreTrainedModel, config: Any, name: str) -> ModelShape:
         query_key_norm=any(k.endswith("q_norm.weight") for k in parameters),
         largest_layer_parameters=max(by_layer),
         max_context_tokens=getattr(config, "max_position_embeddings", None),
+        stored_dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+        linears=_linears(_layers(model, config)),
     )
+
+
+def _linears(layers: nn.ModuleList) -> dict[str, LinearLayers]:
+    found: dict[str, LinearLayers] = {}
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear):
+            last = name.rpartition(".")[2]
+            found[last] = found.get(last, LinearLayers()).with_another(
+                module.in_features, module.out_features
+            )
+    return found
 
 
 def _weight(module: nn.Module | None) -> torch.Tensor:

@@ -162,6 +162,7 @@ def workload(recipe: Recipe, mean_tokens: float | None, prompt_tokens: float | N
         minibatches_per_step=recipe.learner.minibatches_per_step,
         tokens_per_microbatch=recipe.learner.tokens_per_microbatch,
         memory_fraction=min(pool.memory_fraction for pool in recipe.pools),
+        lora=recipe.learner.lora,
     )
 
 

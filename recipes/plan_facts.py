@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 
+from asyncrl.learner.lora_config import LoraConfig
 from asyncrl.recipes.plan_lengths import Lengths
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -35,6 +36,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     minibatches_per_step: int = 1
     tokens_per_microbatch: int = 8192
     memory_fraction: float = 0.85
+    lora: LoraConfig | None = None
 
     @property
     def rollouts(self) -> int:

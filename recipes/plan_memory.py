@@ -2,8 +2,8 @@
 
 Engine, per GPU: weights / tp + room for a prefill step + CUDA graphs and context; the rest, up to memory_fraction, is KV
 cache. Learner, per rank (see `asyncrl.learner.model`, `optimizer`, `logprobs`): float32 masters 4 + gradients 4 + AdamW 8
-bytes a parameter, over the ranks; layers gathered for compute; activations of one micro-batch, none recomputed; chunks of
-logits. More memory never turns a shape down. Called by `plan_search`.
+bytes a parameter, over the ranks, or adapters on a frozen base; layers gathered for compute; activations of one
+micro-batch, none recomputed; chunks of logits. More memory never turns a shape down. Called by `plan_search`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import math
 
 import msgspec
 
+from asyncrl.learner.lora_config import LoraConfig
 from asyncrl.recipes.gpus import GPUSpec
 from asyncrl.recipes.plan_facts import Efficiency, Misfit, Workload
+from asyncrl.recipes.plan_lora import NF4_BYTES, held_state
 from asyncrl.recipes.plan_model import DTYPE_BYTES, ModelShape
 
 KV_BLOCK_TOKENS = 16
 """vLLM's block on CUDA: a rollout's last block is half empty on average."""
-MASTER_BYTES = 16
-"""A parameter: float32 master 4, gradient 4, AdamW 8."""
 LOGIT_CHUNKS = 3
 """Live at once in the learner's backward: logits, their exponentials, the slope in the compute type."""
 CHUNK_BYTES = 64 * 2**20
@@ -130,14 +130,14 @@ def fit_learner(
     free = eff.learner_memory * gpu.memory_bytes - eff.context_bytes
     tokens = max(work.tokens_per_microbatch, work.max_context_tokens)
     while True:
-        fit = learner_memory(model, dtype, ranks, tokens, free)
+        fit = learner_memory(model, dtype, ranks, tokens, free, work.lora)
         if fit.total_bytes <= free:
             return fit
         if tokens == work.max_context_tokens:
             break
         tokens = max(work.max_context_tokens, tokens // 2)
     reason = (
-        f"state {gigabytes(fit.state_bytes)} (16 bytes x {model.parameters / 1e9:.2f} G parameters / {ranks}) + gathered "
+        f"state {gigabytes(fit.state_bytes)} ({held_state(model, work.lora).formula} / {ranks}) + gathered "
         f"layers {gigabytes(fit.gathered_bytes)} + activations of {tokens:,} tokens {gigabytes(fit.activation_bytes)} + "
         f"logits {gigabytes(fit.logits_bytes)} > {eff.learner_memory:g} x {gigabytes(gpu.memory_bytes)} - context = "
         f"{gigabytes(free)}"
@@ -146,22 +146,36 @@ def fit_learner(
     return Misfit(gpu_type=gpu_type, role="learner", gpus=ranks, reason=reason, lacking_bytes=lacking)
 
 
-def learner_memory(model: ModelShape, dtype: str, ranks: int, tokens: int, free_bytes: float) -> LearnerFit:
+def learner_memory(
+    model: ModelShape,
+    dtype: str,
+    ranks: int,
+    tokens: int,
+    free_bytes: float,
+    lora: LoraConfig | None = None,
+) -> LearnerFit:
     """`tokens`: of one micro-batch, padding included.
 
     Gathered in the compute type: the root (embeddings, head) throughout a pass, and two layers at a time with more than
-    one rank, all of them with one; gradients of the root and of one layer before they are reduced in float32.
+    one rank, all of them with one; gradients of the root and of one layer before they are reduced in float32. Frozen weights
+    have no gradients; those in 4 bits are gathered packed, and unpacked layer by layer.
     """
     size = DTYPE_BYTES[dtype]
-    layers = model.layer_parameters if ranks == 1 else 2 * model.largest_layer_parameters
+    held = held_state(model, lora)
+    layers: float = model.layer_parameters if ranks == 1 else 2 * model.largest_layer_parameters
     whole = model.root_parameters + model.largest_layer_parameters
+    gradients = whole if lora is None else held.trained_parameters / model.layers
+    head_gradient = (4 + size) * model.head_parameters if lora is None else 0
+    layer_size: float = size
+    if lora is not None and lora.quantise == "nf4":
+        layers, layer_size = layers + model.largest_layer_parameters * size / NF4_BYTES, NF4_BYTES
     return LearnerFit(
         dtype=dtype,
         tokens_per_microbatch=tokens,
-        state_bytes=MASTER_BYTES * model.parameters / ranks,
-        gathered_bytes=size * (model.root_parameters + layers) + (size + 4) * whole,
+        state_bytes=held.total_bytes / ranks,
+        gathered_bytes=size * model.root_parameters + layer_size * layers + (size + 4) * gradients,
         activation_bytes=tokens * model.saved_bytes_per_token(dtype),
-        logits_bytes=LOGIT_CHUNKS * CHUNK_BYTES + (4 + size) * model.head_parameters,
+        logits_bytes=LOGIT_CHUNKS * CHUNK_BYTES + head_gradient,
         free_bytes=free_bytes,
     )
 

@@ -11,6 +11,8 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from asyncrl.recipes.plan_lora import LinearLayers
+
 Amount = TypeVar("Amount", float, np.ndarray)
 """One figure, or one for each of many loads: formulas are the same."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +44,14 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     query_key_norm: bool = False
     largest_layer_parameters: int
     max_context_tokens: int | None = None
+    stored_dtype: str = "float32"
+    """That config.json names for the weights in the files."""
+    linears: dict[str, LinearLayers] = {}
+    """By last name (`q_proj`); experts that are one fused parameter are not among them."""
+
+    @property
+    def stored_bytes(self) -> float:
+        return self.parameters * DTYPE_BYTES.get(self.stored_dtype, 4)
 
     @property
     def active_parameters(self) -> int:

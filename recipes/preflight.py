@@ -18,15 +18,15 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from asyncrl.generators.config import RewardsConfig
 from asyncrl.generators.environment import SINGLE_TURN
 from asyncrl.generators.functions import FunctionError
-from asyncrl.generators.reward_pool import check_functions
 from asyncrl.generators.sources import SourceError, open_rows
 from asyncrl.generators.tasks import TaskError
 from asyncrl.generators.turns import check_environment
 from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
+from asyncrl.recipes.plan_lora import UnknownTarget, adapter_parameters, held_state
 from asyncrl.recipes.recipe import Problem, Recipe
+from asyncrl.recipes.reward_checks import reward_model_bytes, reward_problems
 from asyncrl.recipes.sizes import amount, wire_bytes
 
 SUPPORTED_VLLM = ("0.32.0",)
@@ -44,7 +44,7 @@ class Preflight(msgspec.Struct, frozen=True, kw_only=True):
 def preflight(recipe: Recipe) -> Preflight:
     notes: list[str] = []
     model, model_problems = _model(recipe, notes)
-    problems = [*model_problems, *_prompts(recipe), *_rewards(recipe)]
+    problems = [*model_problems, *_prompts(recipe), *reward_problems(recipe, notes)]
     problems += [*_environment(recipe), *_engine_packages(recipe), *_ports(recipe)]
     if not recipe.run.ray_address:
         problems += [*_cores(recipe), *_gpus(recipe), *_memory(recipe, model), *_shared_memory(recipe, model)]
@@ -70,6 +70,12 @@ def _model(recipe: Recipe, notes: list[str]) -> tuple[ModelFacts | None, list[Pr
         model = inspect_model(path)
     except ModelFolderError as error:
         return None, [Problem("model.path", repr(recipe.model.path), str(error))]
+    if recipe.learner.lora is not None:
+        try:
+            adapter_parameters(model, recipe.learner.lora)
+        except UnknownTarget as error:
+            found = str(recipe.learner.lora.target_modules)
+            return None, [Problem("learner.lora.target_modules", found, str(error))]
     limit = model.max_position_embeddings
     if limit is not None and recipe.model.max_context_tokens > limit:
         found = str(recipe.model.max_context_tokens)
@@ -82,10 +88,12 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
     prompts = recipe.prompts
     wanted = [
         ("prompts.source", prompts.source, prompts.answer_field),
-        ("prompts.held_out", prompts.held_out, prompts.answer_field),
+        ("evaluation.source", recipe.evaluation.source, prompts.answer_field),
     ]
     if recipe.sft is not None:
         wanted.append(("sft.source", recipe.sft.source, recipe.sft.answer_field))
+    if recipe.rft is not None:
+        wanted.append(("rft.source", recipe.rft.source, prompts.answer_field))
     for path, source, answer_field in wanted:
         if not source or source.startswith("hf:"):
             continue
@@ -93,15 +101,6 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
             open_rows(source, (prompts.prompt_field, answer_field), prompts.task, prompts.seed).row(0)
         except (SourceError, TaskError) as error:
             yield Problem(path, repr(source), str(error))
-
-
-def _rewards(recipe: Recipe) -> Iterator[Problem]:
-    """Loaded as the run will load them: by a worker process, whose end is not ours."""
-    for i, term in enumerate(recipe.rewards.terms):
-        try:
-            check_functions(RewardsConfig(terms=[term]))
-        except FunctionError as error:
-            yield Problem(f"rewards.terms[{i}].function", repr(term.function), str(error))
 
 
 def _environment(recipe: Recipe) -> Iterator[Problem]:
@@ -197,22 +196,23 @@ def _memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
         for p in recipe.pools
         if p.device == "cpu" and p.engine == "vllm"
     )
-    wanted = caches
+    wanted = caches + reward_model_bytes(recipe)
     if model is not None and recipe.learner.device == "cpu":
-        wanted += 16 * model.parameters
+        wanted += held_state(model, recipe.learner.lora).total_bytes
     have = psutil.virtual_memory().available
     if wanted > have:
         yield Problem(
             "pools[].kv_cache_bytes",
             amount(caches),
-            f"KV caches and learner state take {amount(wanted)}, {amount(have)} are free: lower kv_cache_bytes or engines",
+            f"KV caches, reward models and learner state take {amount(wanted)}, {amount(have)} are free: lower kv_cache_bytes or "
+            "engines",
         )
 
 
 def _shared_memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
     if model is None:
         return
-    wanted = 2 * wire_bytes(recipe, model.parameters) + _SHM_SPARE_BYTES
+    wanted = 2 * wire_bytes(recipe, model) + _SHM_SPARE_BYTES
     have = shutil.disk_usage("/dev/shm").free
     if wanted > have:
         yield Problem(

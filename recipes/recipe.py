@@ -18,9 +18,14 @@ from asyncrl.generators.config import (
     RewardsConfig,
     SamplingConfig,
 )
+from asyncrl.generators.evaluation_config import EvaluationConfig, broken_evaluation_rules
 from asyncrl.learner.config import HEAD_SIZES, LearnerConfig, SFTConfig
-from asyncrl.learner.objective_needs import Surroundings, broken_rules
+from asyncrl.learner.lora_config import broken_lora_rules
+from asyncrl.learner.objective_needs import Surroundings, broken_rules, needs_of
+from asyncrl.recipes.checkpoints_config import CheckpointsConfig
+from asyncrl.recipes.deterministic import broken_deterministic_rules
 from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, unknown_gpus
+from asyncrl.recipes.rft_config import RFTConfig
 from asyncrl.recipes.telemetry_config import TelemetryConfig
 from asyncrl.weight_sync.config import WeightSyncConfig
 
@@ -42,6 +47,9 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     control_host: str = "127.0.0.1"
     """Address of this machine on which `asyncrl status` and its like are answered; another than loopback to command the run
     from elsewhere with its key file."""
+    deterministic: bool = False
+    """The weights at the end are the same bits each time, also of a run that was killed and resumed: one engine, one rank,
+    staleness 0, one rollout at a time (`docs/checkpoints.md`)."""
     stall_timeout_s: PositiveSeconds = 900.0
     """The run ends when nothing was generated and no step was made for so long, and says who waits for whom."""
 
@@ -66,11 +74,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     pools: Annotated[list[PoolConfig], msgspec.Meta(min_length=1)]
     rewards: RewardsConfig
     environment: EnvironmentConfig | None = None
+    evaluation: EvaluationConfig = msgspec.field(default_factory=EvaluationConfig)
     learner: LearnerConfig = msgspec.field(default_factory=LearnerConfig)
     weight_sync: WeightSyncConfig = msgspec.field(default_factory=WeightSyncConfig)
     buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
+    checkpoints: CheckpointsConfig = msgspec.field(default_factory=CheckpointsConfig)
     telemetry: TelemetryConfig = msgspec.field(default_factory=TelemetryConfig)
     sft: SFTConfig | None = None
+    rft: RFTConfig | None = None
     cluster: list[ClusterEntry] = []
     """Which GPUs there are, for `asyncrl plan`."""
     gpus: dict[str, GPUConfig] = {}
@@ -82,8 +93,25 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def rollouts_per_group(self) -> int:
-        """Sampled for one prompt, spare ones included."""
-        return self.prompts.rollouts_per_prompt + self.buffer.group_policy.spare_rollouts_per_prompt
+        """Sampled for one prompt, spare ones and the baseline included."""
+        spare = self.buffer.group_policy.spare_rollouts_per_prompt
+        return self.prompts.rollouts_per_prompt + spare + self.greedy_baseline
+
+    @property
+    def greedy_baseline(self) -> bool:
+        """Each prompt gets one more rollout, sampled greedily: the objective measures the others by its reward."""
+        return "greedy rollouts" in needs_of(self.learner.objective).parts
+
+    @property
+    def needs_costs(self) -> bool:
+        """Each rollout needs a cost, which the objective holds below its limit."""
+        return "costs" in needs_of(self.learner.objective).parts
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the LoRA adapters that engines get; 0: they get whole models."""
+        lora = self.learner.lora
+        return lora.rank if lora is not None and lora.sync == "adapter" else 0
 
     @property
     def held_groups_limit(self) -> int:
@@ -94,6 +122,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def longest_prompt_tokens(self) -> int:
         """What fits beside the longest answer; longer prompts are passed over."""
         return self.model.max_context_tokens - self.sampling.max_new_tokens
+
+    @property
+    def held_out_answer_tokens(self) -> int:
+        """Of a held-out answer, at most."""
+        return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
 
     @property
     def slots(self) -> int:
@@ -121,11 +154,15 @@ def cross_check(recipe: Recipe) -> list[Problem]:
     """Every rule that two or more settings break together."""
     checks = (
         _check_objective,
+        _check_lora,
         _check_batches,
         _check_buffer,
         _check_lengths,
+        _check_evaluation,
         _check_pools,
+        _check_rewards,
         _check_sft,
+        _check_deterministic,
         _check_cluster,
     )
     return [problem for check in checks for problem in check(recipe)]
@@ -137,8 +174,16 @@ def _check_objective(recipe: Recipe) -> Iterator[Problem]:
         rollouts_per_prompt=recipe.prompts.rollouts_per_prompt,
         dynamic_sampling=recipe.buffer.dynamic_sampling,
         max_new_tokens=recipe.sampling.max_new_tokens,
+        steps=recipe.run.steps,
+        critic_warmup_steps=recipe.learner.critic.warmup_steps if recipe.learner.critic else None,
+        reference=recipe.learner.reference is not None,
     )
     for path, found, advice in broken_rules(recipe.learner.objective, around):
+        yield Problem(path, found, advice)
+
+
+def _check_lora(recipe: Recipe) -> Iterator[Problem]:
+    for path, found, advice in broken_lora_rules(recipe.learner.lora):
         yield Problem(path, found, advice)
 
 
@@ -193,6 +238,11 @@ def _check_lengths(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
+    for path, found, advice in broken_evaluation_rules(recipe.evaluation, recipe.model.max_context_tokens):
+        yield Problem(path, found, advice)
+
+
 def _check_pools(recipe: Recipe) -> Iterator[Problem]:
     names = [pool.name for pool in recipe.pools]
     for i, name in enumerate(names):
@@ -222,6 +272,28 @@ def _check_pools(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"pools[{i}].dtype", '"float16"', 'a CPU computes in "float32" or "bfloat16"')
 
 
+def _check_rewards(recipe: Recipe) -> Iterator[Problem]:
+    terms = recipe.rewards.terms
+    names = [term.name for term in terms]
+    without_gpu = [p.name for p in recipe.pools if p.device != "cuda" or p.engine != "vllm"]
+    for i, term in enumerate(terms):
+        if term.broken_rule:
+            yield Problem(
+                f"rewards.terms[{i}]", f"function {term.function!r}, model {term.model!r}", term.broken_rule
+            )
+        elif names[i] in names[:i]:
+            yield Problem(
+                f"rewards.terms[{i}]", repr(names[i]), "is listed twice: add up its weights in one term"
+            )
+        if term.model and term.served.device == "cuda" and without_gpu:
+            yield Problem(
+                f"rewards.terms[{i}].serving.device",
+                '"cuda"',
+                f"a reward model stands beside each engine, on its GPU, and those of pool {without_gpu[0]} have none: "
+                'set "cpu"',
+            )
+
+
 def _check_sft(recipe: Recipe) -> Iterator[Problem]:
     sft = recipe.sft
     if sft is not None and not sft.init and sft.hidden_size / sft.heads not in HEAD_SIZES:
@@ -230,6 +302,11 @@ def _check_sft(recipe: Recipe) -> Iterator[Problem]:
             str(sft.heads),
             f"sft.hidden_size / sft.heads = {sft.hidden_size / sft.heads:g}; engines know heads of {HEAD_SIZES}",
         )
+
+
+def _check_deterministic(recipe: Recipe) -> Iterator[Problem]:
+    for path, found, advice in broken_deterministic_rules(recipe):
+        yield Problem(path, found, advice)
 
 
 def _check_cluster(recipe: Recipe) -> Iterator[Problem]:

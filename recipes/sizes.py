@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncrl.recipes.plan_lora import Weights, held_state, sent_parameters
 from asyncrl.recipes.recipe import Recipe
 
 _TOKEN_BYTES = 8
 """In the buffer: the token and its logprob."""
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Size(msgspec.Struct, frozen=True):
@@ -23,16 +24,18 @@ def wire_dtype(recipe: Recipe) -> str:
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def wire_bytes(recipe: Recipe, parameters: int) -> int:
-    """Bytes of one version on its way."""
-    return parameters * _DTYPE_BYTES[wire_dtype(recipe)]
+def wire_bytes(recipe: Recipe, model: Weights) -> int:
+    """Bytes of one version on its way. Raises UnknownTarget."""
+    return sent_parameters(model, recipe.learner.lora) * DTYPE_BYTES[wire_dtype(recipe)]
 
 
-def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
-    """`parameters` of the model, None where it is not there yet."""
+def derived_sizes(recipe: Recipe, model: Weights | None) -> list[Size]:
+    """`model`: None where it is not there yet. Raises UnknownTarget."""
     prompts, learner, bound = recipe.prompts, recipe.learner, recipe.staleness.max_staleness_versions
     b, n, group = prompts.prompts_per_step, prompts.rollouts_per_prompt, recipe.rollouts_per_group
-    longest, spare = recipe.sampling.max_new_tokens, group - n
+    longest, baseline = recipe.sampling.max_new_tokens, recipe.greedy_baseline
+    spare = group - n - baseline
+    further = (f" + {spare} spare" if spare else "") + (" + 1 greedy" if baseline else "")
     under_way = recipe.held_groups_limit * group
     sizes = [
         Size("rollouts per step", f"{b * n:,}", f"{b} prompts_per_step x {n} rollouts_per_prompt"),
@@ -46,7 +49,7 @@ def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
             "rollouts under way, at most",
             f"{under_way:,}",
             f"{recipe.held_groups_limit} prompts x "
-            + (f"({n} rollouts_per_prompt + {spare} spare)" if spare else f"{n} rollouts_per_prompt"),
+            + (f"({n} rollouts_per_prompt{further})" if further else f"{n} rollouts_per_prompt"),
         ),
         Size(
             "answers under way, at most",
@@ -70,22 +73,20 @@ def derived_sizes(recipe: Recipe, parameters: int | None) -> list[Size]:
             f"{recipe.run.steps} steps x {learner.minibatches_per_step} minibatches_per_step",
         ),
     ]
-    if parameters is not None:
-        sizes += _model_sizes(recipe, parameters)
+    if model is not None:
+        sizes += _model_sizes(recipe, model)
     return sizes
 
 
-def _model_sizes(recipe: Recipe, parameters: int) -> list[Size]:
-    ranks, sent = recipe.learner.ranks, wire_bytes(recipe, parameters)
+def _model_sizes(recipe: Recipe, model: Weights) -> list[Size]:
+    ranks, sent, lora = recipe.learner.ranks, wire_bytes(recipe, model), recipe.learner.lora
+    held = held_state(model, lora)
+    what = "adapter" if recipe.adapter_rank else "parameters"
     buckets = -(-sent // recipe.weight_sync.bucket_bytes)
     return [
-        Size("parameters", f"{parameters:,}", recipe.model.path),
-        Size(
-            "learner state per rank",
-            amount(16 * parameters // ranks),
-            f"(4 master + 4 gradient + 8 AdamW) bytes x parameters / {ranks} ranks",
-        ),
-        Size("bytes per version", amount(sent), f"parameters x {wire_dtype(recipe)}"),
+        Size("parameters", f"{model.parameters:,}", recipe.model.path),
+        Size("learner state per rank", amount(held.total_bytes / ranks), f"({held.formula}) / {ranks} ranks"),
+        Size("bytes per version", amount(sent), f"{what} x {wire_dtype(recipe)}"),
         Size(
             "buckets per version, about",
             f"{buckets:,}",

@@ -60,6 +60,7 @@ class BufferPart:
                 recipe.prompts.prompts_per_step,
                 recipe.prompts.rollouts_per_prompt,
                 self._shard,
+                greedy_baseline=recipe.greedy_baseline,
             ),
             config=recipe.buffer,
             folder=self._folder.rollouts / str(self._shard),

@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncrl.runtime.cli_control import add_control
+from asyncrl.runtime.cli_export import add_export
 from asyncrl.runtime.cli_plan import add_plan
+from asyncrl.runtime.cli_resume import add_resume, launched_before
 
 if TYPE_CHECKING:
     from asyncrl.recipes import Recipe
@@ -42,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         ("launch", _launch, "check a recipe and run it to its end"),
         ("check", _check, "check a recipe and this machine, print the sizes that follow; starts nothing"),
         ("sft", _sft, "make the recipe's model.path by supervised fine-tuning, as [sft] says"),
+        ("rft", _rft, "sample with the recipe's model, keep what scores and imitate it, as [rft] says"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -56,11 +59,19 @@ def _parser() -> argparse.ArgumentParser:
             help="override one setting, such as run.steps=10 or pools.0.concurrency=8; may be repeated",
         )
         command.set_defaults(run=run)
+        if name == "launch":
+            command.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on with the newest run of that name from its last checkpoint; a new run where there is none",
+            )
+    add_resume(commands)
     report = commands.add_parser("report", help="draw report.png of a run folder and print its summary")
     report.add_argument("folder", type=Path, help="such as runs/quickstart")
     report.set_defaults(run=_report)
     _add_inspect(commands.add_parser("inspect", help="show a run's rollouts, also while it goes on"))
     add_control(commands)
+    add_export(commands)
     add_plan(commands)
     return parser
 
@@ -99,13 +110,16 @@ def _launch(chosen: argparse.Namespace) -> int:
 
     run_id = guarded_run()
     if run_id is None:
-        return guard(
-            ["launch", str(chosen.recipe), *(part for o in chosen.overrides for part in ("--set", o))]
-        )
+        resume = ["--resume"] if chosen.resume else []
+        overrides = [part for o in chosen.overrides for part in ("--set", o)]
+        return guard(["launch", str(chosen.recipe), *resume, *overrides])
     console = Console()
     recipe = _checked(chosen, console)
     if recipe is None:
         return _WRONG
+    before = launched_before(recipe, chosen.recipe, run_id) if chosen.resume else None
+    if before is not None:
+        return before
     # Until the run has its own handler nothing is up that could need an orderly end, and a KeyboardInterrupt in the
     # middle of an import can be swallowed there.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -143,7 +157,7 @@ def _checked(chosen: argparse.Namespace, console: Console) -> Recipe | None:
     table.add_column("size")
     table.add_column("", justify="right", style="bold")
     table.add_column("from", style="dim")
-    for size in derived_sizes(recipe, found.model.parameters if found.model else None):
+    for size in derived_sizes(recipe, found.model):
         table.add_row(size.name, size.value, size.formula)
     console.print(table)
     for note in found.notes:
@@ -176,6 +190,12 @@ def _sft(chosen: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _rft(chosen: argparse.Namespace) -> int:
+    from asyncrl.runtime.cli_rft import rft
+
+    return rft(chosen, _checked)
 
 
 def _report(chosen: argparse.Namespace) -> int:

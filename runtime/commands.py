@@ -40,6 +40,7 @@ class RunCommands:
         return RunStatus(name=self._name, started_at=self._started_at, who_waits=who, snapshot=now)
 
     async def scale(self, pool: str | None, concurrency: Concurrency | None, engines: int | None) -> str:
+        self._check_exact("scale")
         fleet = self._fleet()
         names = check_scale(list(fleet.pools), pool, concurrency, engines)
         if concurrency is not None:
@@ -70,6 +71,7 @@ class RunCommands:
         return f"{name}: {before} -> {engines} engines" + (f" ({', '.join(moves)})" if moves else "")
 
     async def pause(self) -> str:
+        self._check_exact("pause")
         await self._fleet().set_paused(True)
         return self._now("paused", "paused: the engines hand their rollouts back and hold still")
 
@@ -83,6 +85,7 @@ class RunCommands:
     async def drain(self, pool: str | None) -> str:
         fleet = self._fleet()
         if pool is not None:
+            self._check_exact("drain --pool")
             (name,) = pools_meant(list(fleet.pools), pool)
             await fleet.drain(name)
             text = f"pool {name} hands its rollouts back and takes nothing more"
@@ -99,6 +102,13 @@ class RunCommands:
     async def stop(self) -> str:
         self._stop.set()
         return self._now("stopping", "the run is ending")
+
+    def _check_exact(self, command: str) -> None:
+        if self._supervisor.recipe.run.deterministic:
+            raise CommandRefused(
+                f"{command} is not for a run with run.deterministic: a rollout that is cut and goes on, or shares its engine, has "
+                "other last bits; `drain`, `stop` and `continue` are"
+            )
 
     def _fleet(self) -> Fleet:
         fleet = self._supervisor.fleet

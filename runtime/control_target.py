@@ -117,7 +117,8 @@ def _silence(folder: RunFolder, place: Place) -> str:
         return f"its process {place.pid} is there and may be stuck: see {folder.logs}"
     return (
         f"its process {place.pid} is gone and did not end in order: it was killed, or the machine went down; "
-        f"`asyncrl inspect {folder.path}` shows what it had, its logs are in {folder.logs}"
+        f"`asyncrl resume {folder.path}` goes on from its last checkpoint, `asyncrl inspect {folder.path}` shows what it had, its "
+        f"logs are in {folder.logs}"
     )
 
 

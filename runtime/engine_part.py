@@ -18,7 +18,7 @@ from asyncrl.generators.collector import leave_out_what_is_loaded
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.dispatcher import Dispatcher
 from asyncrl.generators.engine import Engine
-from asyncrl.generators.evaluation import Evaluation, evaluate
+from asyncrl.generators.evaluation import Asking, HeldOutAnswer, Means, evaluate
 from asyncrl.generators.prompts import Prompt
 from asyncrl.generators.reward_pool import RewardPool
 from asyncrl.generators.tokens import decode_answer, load_tokenizer, stop_token_ids
@@ -58,11 +58,13 @@ def make_engine(
         first_core=first_core,
         in_flight=recipe.weight_sync.in_flight,
         prefix_cache=recipe.weight_sync.prefix_cache,
+        adapter_rank=recipe.adapter_rank,
+        whole_prompts=recipe.run.deterministic,
     )
 
 
 class EnginePart:
-    """`start`, `join`, then `receive` beside `dispatch` (or `evaluate` where nothing is dispatched), `stop`, `shutdown`."""
+    """`start`, `join`, then `receive` beside `dispatch` and `evaluate`, `stop`, `shutdown`."""
 
     def __init__(
         self, recipe: Recipe, folder: str, pool_index: int, engine_id: str, first_core: int | None
@@ -88,7 +90,9 @@ class EnginePart:
     async def start(self) -> str:
         """Loads the model; returns the name of the machine that it runs on."""
         await self._engine.start()
-        self._rewards = await asyncio.to_thread(RewardPool, self._recipe.rewards)
+        self._rewards = await asyncio.to_thread(
+            RewardPool, self._recipe.rewards, needs_cost=self._recipe.needs_costs
+        )
         self._turns = await asyncio.to_thread(open_turns, self._recipe.environment, self._recipe.model.path)
         leave_out_what_is_loaded()
         node = ray.get_runtime_context().get_node_id()
@@ -126,6 +130,7 @@ class EnginePart:
                     scorer=self._scorer(),
                     turns=self._turns,
                     sampling=self._recipe.sampling,
+                    seed=self._recipe.prompts.seed if self._recipe.run.deterministic else None,
                     concurrency=concurrency,
                     stop_token_ids=self._stop_token_ids,
                     decode=self._decode,
@@ -141,21 +146,23 @@ class EnginePart:
         if self._dispatcher is not None:
             await self._dispatcher.set_concurrency(concurrency)
 
-    async def evaluate(self, prompts: list[Prompt], label: str) -> Evaluation:
+    async def evaluate(
+        self, prompts: list[Prompt], asking: Asking, timeout_s: float
+    ) -> list[list[HeldOutAnswer]]:
+        """The answers to each prompt; beside `dispatch` as well. Past its time nobody wants them, and it ends by itself."""
+        means = Means(
+            engine=self._engine,
+            scorer=self._scorer(),
+            turns=self._turns,
+            stop_token_ids=self._stop_token_ids,
+            decode=self._decode,
+        )
         try:
-            return await evaluate(
-                engine=self._engine,
-                scorer=self._scorer(),
-                turns=self._turns,
-                prompts=prompts,
-                sampling=self._recipe.sampling,
-                stop_token_ids=self._stop_token_ids,
-                decode=self._decode,
-                concurrency=self._pool.max_concurrency,
-                label=label,
-            )
+            async with asyncio.timeout(timeout_s):
+                answers = await evaluate(means, prompts, asking)
         except BaseExceptionGroup as group:
             raise first_fault(group) from group
+        return answers
 
     async def status(self) -> EngineFacts:
         """As this process sees it: the keeper knows of its starts and deaths."""

@@ -1,8 +1,9 @@
 """What telemetry is told: plain facts of a run, and nothing that acts.
 
 The supervisor makes them (a `Snapshot` about once a second, a `StepFacts` after each learner step, an `Evaluation`
-after each held-out evaluation) and hands them to the view and to the metrics log; the summary and the report read
-them back from `metrics.jsonl`. Each is a line of that file, told apart by `kind`.
+after each held-out evaluation, an `EvaluationMissed` where one was due and came to nothing) and hands them to the view
+and to the metrics log; the summary and the report read them back from `metrics.jsonl`. Each is a line of that file, told
+apart by `kind`.
 
 Invariants: facts are frozen; `seconds` counts from launch and never runs backwards within one launch; counts are
 of rollouts unless the name says tokens, groups or prompts. A number that could not be had is NaN, never 0.
@@ -14,6 +15,8 @@ import math
 from typing import Final, Literal
 
 import msgspec
+
+from asyncrl.generators.estimates import Estimate
 
 EngineState = Literal[
     "waiting for room",
@@ -110,6 +113,8 @@ class StepFacts(msgspec.Struct, frozen=True, kw_only=True, tag="step", tag_field
     train_s: float
     publish_s: float
     """One whole weight sync, from begin to the last engine's confirmation."""
+    checkpoint_stall_s: float = 0.0
+    """For which training stood still for a checkpoint after this step; it is written while training goes on."""
     engine_stall_s: float
     """The longest time that one engine stood still for it."""
     learner_tokens_per_s: float
@@ -189,6 +194,19 @@ class BufferFacts(msgspec.Struct, frozen=True, kw_only=True):
         return self.queued + self.leased + self.complete + self.scored + self.batched
 
 
+class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
+    """How evaluation stands, now."""
+
+    wanted: bool = False
+    """Whether the recipe asks for any."""
+    under_way_step: int = -1
+    """Steps done when the one under way began; -1 while there is none."""
+    step: int = -1
+    """Of the last result; -1 before the first."""
+    accuracy: float = math.nan
+    standard_error: float = math.nan
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", tag_field="kind"):
     """The whole run, now."""
 
@@ -207,20 +225,49 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", tag_fi
     learner_tokens_per_s: float
     engine_tokens_per_s: float
     """Of all engines together."""
+    held_out: HeldOut = HeldOut()
     waits: dict[str, float] = {}
     """Seconds waited since launch by cause (`LEARNER_WAITS`, ...). Where several parts wait for one cause it is their
     mean, so that no cause grows by more than a second per second."""
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation", tag_field="kind"):
-    """Held-out accuracy at one version: one answer per prompt, sampled at the run's temperature."""
+    """What the answers to the held-out prompts came to. An estimate is a mean over prompts."""
 
     seconds: float
     step: int
-    """Learner steps done; 0 is the model that the run started from."""
+    """Learner steps done when it began; 0 is the model that the run started from."""
     version: int
-    correct: int
+    """Of the newest weights that sampled a token of it."""
+    oldest_version: int
+    """The same as `version` where all of it was answered by one version."""
+    answers_over_versions: int
+    """Answers with tokens of two or more versions."""
     prompts: int
+    rollouts_per_prompt: int
+    accuracy: Estimate
+    """avg@k: the share of a prompt's answers that are right."""
+    pass_at: dict[int, Estimate] = {}
+    """By k: the chance that one of k answers is right."""
+    maj_at: dict[int, Estimate] = {}
+    """By k: the chance that what most of k answers end in is right."""
+    reward: Estimate
+    tokens: Estimate
+    """Of an answer."""
+    truncated: Estimate
+    """Share of answers that their budget ended."""
+    failed: int
+    """Answers whose environment or reward gave nothing; they count as wrong."""
+    took_s: float
 
 
-Fact = StepFacts | Snapshot | Evaluation
+class EvaluationMissed(msgspec.Struct, frozen=True, kw_only=True, tag="evaluation missed", tag_field="kind"):
+    """One was due and there is none."""
+
+    seconds: float
+    step: int
+    version: int
+    reason: str
+
+
+Fact = StepFacts | Snapshot | Evaluation | EvaluationMissed

@@ -30,10 +30,15 @@ def guarded_run() -> str | None:
     if found is None:
         return None
     guard, run_id = found.split(":")
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(guard):
-        sys.exit("the process that started this run has ended")
+    follow_parent(int(guard))
     return run_id
+
+
+def follow_parent(parent: int) -> None:
+    """From now on SIGTERM comes when the process that started this one ends; ends at once where it has."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the process that started this run has ended")
 
 
 def guard(arguments: Sequence[str]) -> int:

@@ -42,7 +42,10 @@ class RolloutFacts(msgspec.Struct, frozen=True, kw_only=True):
     group_id: int
     prompt_id: str | None
     state: str
+    greedy: bool | None
+    """It is the baseline of its group: sampled greedily, and not trained."""
     reward: float | None
+    cost: float | None
     finish_reason: str | None
     reason: str | None
     attempts: int
@@ -68,6 +71,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     engine_id: str
     reason: str
     reward: float
+    cost: float
 
 
 class LifeFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +174,9 @@ def _lengths(table: pa.Table) -> Lengths | None:
 
 
 def _by_version(table: pa.Table) -> list[Stretch]:
-    scored = table.filter(pc.and_(pc.is_valid(table["reward"]), pc.is_valid(table["last_version"])))
+    sampled = pc.invert(pc.fill_null(table["greedy"], False))
+    wanted = pc.and_(pc.is_valid(table["reward"]), pc.is_valid(table["last_version"]))
+    scored = table.filter(pc.and_(wanted, sampled))
     version, reward, tokens = (scored[name].to_numpy() for name in ("last_version", "reward", "tokens_count"))
     if not len(version):
         return []
@@ -257,7 +263,7 @@ def group(log: RolloutLog, group_id: int, decoder: Decoder) -> GroupFacts:
     members = rollouts(log, pc.unique(of_group["rollout_id"]).to_pylist(), decoder)
     if not members:
         raise NotInLog(f"no group {group_id}; {_range(log.states['group_id'], 'group')}")
-    rewards = np.array([r.reward for r in members if r.reward is not None])
+    rewards = np.array([r.reward for r in members if r.reward is not None and not r.greedy])
     prompt = log.prompts.filter(pc.equal(log.prompts["group_id"], group_id)).to_pylist()
     return GroupFacts(
         group_id=group_id,

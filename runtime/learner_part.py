@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from asyncrl.learner.metrics import StepMetrics
 from asyncrl.learner.step import Learner
 from asyncrl.recipes import Recipe
 from asyncrl.recipes.sizes import wire_dtype
+from asyncrl.runtime.checkpoints import Checkpoints
 from asyncrl.runtime.part_log import write_log_to
 from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.weight_sync.probe import Probe
@@ -58,8 +60,17 @@ class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
     publish_s: float
 
 
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint whose state is in memory, on its way to the disk."""
+
+    step: int
+    version: int
+    frontier: int
+
+
 class LearnerPart:
-    """`start`, `meet` (rank 0), `publish(0)`, then `read` (rank 0) and `train` for each step, `save`, `close`."""
+    """`start`, `meet` (rank 0), `restore` where the run goes on, `publish` of the present version, then `read` (rank 0) and
+    `train` for each step, `checkpoint` between two steps, `save`, `close`."""
 
     def __init__(self, recipe: Recipe, folder: str, rank: int, address: str, run_id: str, host: str) -> None:
         self._folder = RunFolder(Path(folder))
@@ -79,6 +90,12 @@ class LearnerPart:
         self._buffer: BlockingBufferClient | None = None
         self._batch: tuple[Selection, pa.RecordBatch] | None = None
         self._version = -1
+        self._step = 0
+        self._published = 0
+        """Versions of this process."""
+        self._taken: Taken | None = None
+        self._taken_at = -1
+        """Step of the last checkpoint."""
 
     def start(self) -> str:
         """The endpoint that engines join, on rank 0; empty on the others."""
@@ -94,12 +111,24 @@ class LearnerPart:
         self._buffer = BlockingBufferClient(buffer)
         self._welcomer = Welcomer(self._publisher)
 
+    def restore(self, step: int, version: int, learner: bool) -> None:
+        """Weights, optimizer and buffer become what they were at `step`; `publish(version)` comes next. A collective.
+
+        Without `learner` the weights are those that the model came with.
+        """
+        if learner:
+            self._learner.restore(Checkpoints(self._folder).learner_state(step))
+        if self._buffer is not None:
+            self._buffer.restore(step)
+        self._step, self._version = step, version
+
     def publish(self, version: int) -> SyncReport | None:
         """Sends the present weights as `version`. A collective; the report is rank 0's."""
-        probe = self._probe(version)
+        probe = self._probe()
         with self._welcomer.paused() if self._welcomer else contextlib.nullcontext():
             report = self._send(version, probe)
         self._version = version
+        self._published += 1
         return report
 
     def _send(self, version: int, probe: Probe | None) -> SyncReport | None:
@@ -113,16 +142,16 @@ class LearnerPart:
         return publisher.commit(probe) if publisher is not None else None
 
     def admit_prompts(self) -> None:
-        """Tells the buffer that version 0 is live: prompts may come."""
-        self._client().publish(0)
+        """Tells the buffer that the present version is live: prompts may come."""
+        self._client().publish(self._version)
 
-    def read(self, timeout_s: float) -> bool:
-        """Takes the next batch from the buffer; False when there was none yet."""
+    def read(self, timeout_s: float) -> Selection | None:
+        """Takes the next batch from the buffer; None when there was none yet."""
         if self._welcomer is not None:
             self._welcomer.check()
         if self._batch is None:
             self._batch = self._client().read_batch(timeout_s)
-        return self._batch is not None
+        return self._batch[0] if self._batch is not None else None
 
     def train(self) -> StepOutcome | None:
         """One step on the batch that rank 0 read: train, publish, commit. A collective; the outcome is rank 0's."""
@@ -130,6 +159,7 @@ class LearnerPart:
         batch, self._batch = self._batch, None
         table = pa.Table.from_batches([batch[1]]) if batch else None
         metrics = self._learner.train(table, self._version)
+        self._step += 1
         trained = time.monotonic()
         sync = self.publish(self._version + 1)
         if batch is None or sync is None:
@@ -147,9 +177,42 @@ class LearnerPart:
             publish_s=published - trained,
         )
 
+    def checkpoint(self, keep: tuple[int, ...], learner: bool) -> Taken | None:
+        """Takes the buffer's snapshot of the present step, and the learner's state with it, which is written in the background.
+        A collective; the answer is rank 0's. Of the buffer's snapshots those of the steps in `keep` stay.
+
+        Waits for the checkpoint before to be written. Without `learner` the buffer's part is all. Asked again for the same step,
+        by one who did not hear the answer, it gives that again.
+        """
+        step = self._step
+        if self._taken_at == step:
+            return self._taken
+        if self._buffer is not None:
+            Checkpoints(self._folder).make_room(step)
+            found = self._buffer.snapshot(step, keep)
+            self._taken = Taken(step=step, version=found.version, frontier=found.frontier)
+        if learner:
+            self._learner.checkpoint(Checkpoints(self._folder).learner_state(step))
+        self._taken_at = step
+        return self._taken
+
+    def checkpoint_finished(self, timeout_s: float) -> None:
+        """Waits for the learner's state to be written; what went wrong with that is raised here. Called on every rank."""
+        self._learner.checkpoint_finished(timeout_s)
+
+    def steps_done(self) -> int:
+        return self._step
+
     def save(self) -> None:
-        """Writes the present model to the run folder. A collective."""
-        self._learner.save(self._folder.model)
+        """Writes the present model to the run folder, in the place of an earlier one. A collective."""
+        new = self._folder.model.with_name(f"{self._folder.model.name}.of-step-{self._step}")
+        if self._rank == 0 and new.exists():
+            shutil.rmtree(new)  # a death left it
+        self._learner.save(new)
+        if self._rank == 0:
+            if self._folder.model.exists():
+                shutil.rmtree(self._folder.model)
+            new.rename(self._folder.model)
 
     def close(self) -> None:
         if self._welcomer is not None:
@@ -165,10 +228,10 @@ class LearnerPart:
             raise RuntimeError("this rank has not met the buffer: call meet on rank 0 first")
         return self._buffer
 
-    def _probe(self, version: int) -> Probe | None:
+    def _probe(self) -> Probe | None:
         """Random tokens, the same for every version, with the learner's logprobs of them. A collective."""
         verify = self._recipe.weight_sync.verify
-        if verify == "never" or (verify == "first" and version > 1):
+        if verify == "never" or (verify == "first" and self._published > 1):
             return None
         vocabulary = self._learner.vocabulary_size
         tokens = random.Random(0).choices(range(vocabulary), k=_PROBE_TOKENS)

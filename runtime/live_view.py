@@ -21,7 +21,7 @@ from asyncrl.runtime.bars import compact, shares, sparkline
 from asyncrl.runtime.bottleneck import bottleneck
 from asyncrl.runtime.engines_table import engines_table
 from asyncrl.runtime.facts import BufferFacts, Snapshot, StepFacts
-from asyncrl.runtime.plain_view import clock
+from asyncrl.runtime.plain_view import clock, held_out_text
 
 WAITS_WINDOW = 10
 """Snapshots over which waits are averaged: a step's wait comes in one piece, and one second of it says little."""
@@ -161,6 +161,8 @@ def _facts(screen: Screen, now: Snapshot, width: int) -> Table:
     table.add_row("memory", _memory(now.buffer))
     table.add_row("staleness", _staleness(screen, room))
     table.add_row("learner", _learner(screen, now))
+    if now.held_out.wanted and room > 50:
+        table.add_row("held out", Text(held_out_text(now.held_out)))
     table.add_row("waits", Text(bottleneck(screen.snapshots[0], now), WARN))
     return table
 

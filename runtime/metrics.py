@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from asyncrl.recipes.telemetry_config import TelemetryConfig
-from asyncrl.runtime.facts import Evaluation, Fact, Snapshot, StepFacts
+from asyncrl.runtime.facts import Fact, Snapshot, StepFacts
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +145,7 @@ def scalars(fact: Fact) -> dict[str, float]:
         plain["engines_serving"] = sum(engine.state == "serving" for engine in fact.engines)
         plain["slots_used"] = sum(engine.slots_used for engine in fact.engines)
         return _flat("now", plain)
-    if isinstance(fact, Evaluation):
-        accuracy = fact.correct / fact.prompts if fact.prompts else float("nan")
-        return _flat("held_out", msgspec.structs.asdict(fact) | {"accuracy": accuracy})
-    raise TypeError(f"not a fact: {type(fact).__name__}")
+    return _flat("held_out", msgspec.to_builtins(fact, str_keys=True))
 
 
 def _flat(prefix: str, tree: Mapping[str, Any]) -> dict[str, float]:
@@ -182,6 +179,21 @@ def read_facts(path: Path) -> Iterator[Fact]:
                 ) from error
 
 
+def last_seconds(path: Path) -> float:
+    """Of the last fact in the file, where a run that goes on counts on from; 0 where there is none."""
+    cut_torn_tail(path)
+    if not path.exists() or not path.stat().st_size:
+        return 0.0
+    with path.open("rb") as file:
+        lines, at = b"", file.seek(0, 2)
+        # Ends: with a whole line before the last newline, or with the file's beginning.
+        while at and b"\n" not in lines[:-1]:
+            start = max(0, at - 65536)
+            file.seek(start)
+            lines, at = file.read(at - start) + lines, start
+    return _decode(lines[:-1].rpartition(b"\n")[2]).seconds
+
+
 def cut_torn_tail(path: Path) -> None:
     """Removes a last line without its end, so that what is appended next starts a line of its own."""
     if not path.exists():
@@ -203,7 +215,7 @@ def cut_torn_tail(path: Path) -> None:
 
 
 def _decode(line: bytes) -> Fact:
-    fact: Fact = msgspec.convert(_null_to_nan(msgspec.json.decode(line)), Fact)
+    fact: Fact = msgspec.convert(_null_to_nan(msgspec.json.decode(line)), Fact, str_keys=True)
     return fact
 
 

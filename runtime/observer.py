@@ -11,12 +11,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
+
 from asyncrl.buffer.batches import OVER_STALE
 from asyncrl.buffer.records import Recovery
 from asyncrl.buffer.wire import Report
-from asyncrl.generators.evaluation import Evaluation
 from asyncrl.recipes import Recipe
 from asyncrl.runtime import facts
+from asyncrl.runtime.held_out_results import sentence
 from asyncrl.runtime.learner_part import StepOutcome
 from asyncrl.runtime.metrics import MetricsLog
 from asyncrl.runtime.reported import Waits, buffer_facts, step_facts
@@ -45,6 +47,7 @@ class Observer:
         self._engines: list[facts.EngineFacts] = []
         self._pools: list[facts.PoolFacts] = []
         self._waits = Waits()
+        self._held_out = facts.HeldOut()
         self._recoveries = 0
         self._disk_full = False
         self.stale_rollouts = 0
@@ -76,27 +79,41 @@ class Observer:
     def note(self, text: str) -> None:
         self._view.note(text)
 
-    def evaluated(self, step: int, parts: list[Evaluation]) -> None:
-        rewards = [reward for part in parts for reward in part.rewards]
-        fact = facts.Evaluation(
-            seconds=self.seconds,
-            step=step,
-            version=min(part.version for part in parts),
-            correct=sum(reward >= 1.0 for reward in rewards),
-            prompts=len(rewards),
-        )
-        self._metrics.write(fact)
-        share = fact.correct / fact.prompts
-        self._view.note(
-            f"held-out accuracy at version {fact.version}: {share:.3f} ({fact.correct}/{fact.prompts})"
-        )
+    def evaluating(self, step: int = -1) -> None:
+        """One is under way that began after so many steps; -1: none is."""
+        self._held_out = msgspec.structs.replace(self._held_out, wanted=True, under_way_step=step)
+        self._moved = time.monotonic()
 
-    def stepped(self, step: int, outcome: StepOutcome, waited_s: float) -> None:
+    def evaluated(self, found: facts.Evaluation) -> None:
+        self._held_out = msgspec.structs.replace(
+            self._held_out,
+            step=found.step,
+            accuracy=found.accuracy.value,
+            standard_error=found.accuracy.standard_error,
+        )
+        self._metrics.write(found)
+        self._view.note(sentence(found))
+
+    def evaluation_missed(self, step: int, reason: str) -> None:
+        version = max(self._version, 0)
+        self._metrics.write(
+            facts.EvaluationMissed(seconds=self.seconds, step=step, version=version, reason=reason)
+        )
+        self._view.note(f"no held-out evaluation at step {step}: {reason}")
+
+    def goes_on_from(self, step: int, version: int) -> None:
+        """A checkpoint: so many steps are done."""
+        self._step, self._version = step, version
+
+    def stepped(
+        self, step: int, outcome: StepOutcome, waited_s: float, checkpoint_stall_s: float = 0.0
+    ) -> None:
         self._step, self._version = step, outcome.sync.version
         self.step_s = waited_s + outcome.train_s + outcome.publish_s
         self._learner_tokens_per_s = outcome.metrics.tokens_per_s
         self._moved = time.monotonic()
-        fact = step_facts(step, outcome, waited_s, self.seconds, self._recipe.prompts.prompts_per_step)
+        groups = self._recipe.prompts.prompts_per_step
+        fact = step_facts(step, outcome, waited_s, self.seconds, groups, checkpoint_stall_s)
         self.stale_rollouts += math.ceil(fact.tokens_masked / max(1.0, fact.response_tokens_mean))
         self._metrics.write(fact)
         self._view.step(fact)
@@ -163,4 +180,5 @@ class Observer:
             waits=dict(self._waits.mean_s),
             state=self.state,
             pools=self._pools,
+            held_out=self._held_out,
         )

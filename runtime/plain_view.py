@@ -9,7 +9,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from asyncrl.runtime.bottleneck import bottleneck
-from asyncrl.runtime.facts import TRAINING, Snapshot, StepFacts
+from asyncrl.runtime.facts import TRAINING, HeldOut, Snapshot, StepFacts
 
 HEADER_EVERY = 25
 """Steps after which the names of the columns come again."""
@@ -100,6 +100,17 @@ def step_line(facts: StepFacts, now: Snapshot | None) -> str:
         f"{facts.engine_stall_s:.3f}",
     )
     return "step  " + " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+
+
+def held_out_text(now: HeldOut) -> str:
+    """The last result, and whether one is under way."""
+    said = []
+    if now.step >= 0:
+        error = f" +- {now.standard_error:.3f}" if now.standard_error >= 0 else ""
+        said.append(f"accuracy {now.accuracy:.3f}{error} at step {now.step}")
+    if now.under_way_step >= 0:
+        said.append(f"that of step {now.under_way_step} is under way")
+    return "; ".join(said) or "nothing yet"
 
 
 def clock(seconds: float) -> str:

@@ -64,7 +64,7 @@ def load(metrics_path: Path) -> Recorded:
             recorded.steps.append(fact)
         elif isinstance(fact, Evaluation):
             recorded.evaluations.append(fact)
-        else:
+        elif isinstance(fact, Snapshot):
             if seen % stride == 0:
                 recorded.points.append(_point(fact))
             seen += 1

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from asyncrl.runtime.facts import ENGINES_WAIT, LEARNER_WAITS, PROMPTS_WAIT, TRAINING, Evaluation, StepFacts
-from asyncrl.runtime.summary import wilson
+from asyncrl.runtime.summary import accuracy_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,23 +55,39 @@ def draw_reward(ax: Axes, recorded: Recorded) -> bool:
             linewidth=2,
             label="mean reward of a step",
         )
-    for number, evaluation in enumerate(recorded.evaluations):
-        low, high = wilson(evaluation.correct, evaluation.prompts)
-        share = evaluation.correct / max(1, evaluation.prompts)
+    _draw_held_out(ax, recorded.evaluations)
+    if not xs and not recorded.evaluations:
+        return False
+    _legend(ax, "best")
+    return True
+
+
+def _draw_held_out(ax: Axes, evaluations: list[Evaluation]) -> None:
+    """avg@k with its interval, the first and the last with their figures; pass@k and maj@k of the largest k as lines."""
+    shares = [evaluation.accuracy.value for evaluation in evaluations]
+    for number, (evaluation, share) in enumerate(zip(evaluations, shares, strict=True)):
+        low, high = accuracy_interval(evaluation)
         label = "held-out accuracy, 95 % interval" if number == 0 else None
         ax.errorbar(
             [evaluation.step], [share], yerr=[[max(0.0, share - low)], [max(0.0, high - share)]],
             fmt="D", color=INK, markersize=5, capsize=3, linewidth=1.2, label=label, zorder=5,
         )  # fmt: skip
+        if number not in (0, len(evaluations) - 1):
+            continue
         side = -1 if evaluation.step > 0 else 1
         ax.annotate(
             f"{share:.3f}", (evaluation.step, share), xytext=(8 * side, -14), textcoords="offset points",
             ha="right" if side < 0 else "left", fontsize=9, fontweight="bold", color=INK,
         )  # fmt: skip
-    if not xs and not recorded.evaluations:
-        return False
-    _legend(ax, "best")
-    return True
+    steps = [evaluation.step for evaluation in evaluations]
+    k = max((k for evaluation in evaluations for k in evaluation.pass_at), default=0)
+    for name, field, dashes in (("pass", "pass_at", (4, 2)), ("maj", "maj_at", (1, 1.5))):
+        points = [getattr(evaluation, field).get(k) for evaluation in evaluations]
+        if k and all(points):
+            values = [point.value for point in points]
+            ax.plot(
+                steps, values, color=INK, linewidth=1, linestyle=(0, dashes), label=f"held-out {name}@{k}"
+            )
 
 
 def draw_length(ax: Axes, steps: list[StepFacts]) -> bool:

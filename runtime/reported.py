@@ -55,7 +55,12 @@ def buffer_facts(report: Report, recoveries: int) -> facts.BufferFacts:
 
 
 def step_facts(
-    step: int, outcome: StepOutcome, waited_s: float, seconds: float, groups: int
+    step: int,
+    outcome: StepOutcome,
+    waited_s: float,
+    seconds: float,
+    groups: int,
+    checkpoint_stall_s: float,
 ) -> facts.StepFacts:
     """One step's record from what rank 0 reported."""
     selection, batch, metrics = outcome.selection, outcome.handover, outcome.metrics
@@ -88,6 +93,7 @@ def step_facts(
         wait_s=waited_s,
         train_s=outcome.train_s,
         publish_s=outcome.publish_s,
+        checkpoint_stall_s=checkpoint_stall_s,
         engine_stall_s=outcome.sync.max_stall_s,
         learner_tokens_per_s=metrics.tokens_per_s,
         learner={

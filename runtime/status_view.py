@@ -17,7 +17,7 @@ from asyncrl.runtime.control import RunStatus
 from asyncrl.runtime.engines_table import QUIET, engines_detail, engines_table, with_notes
 from asyncrl.runtime.facts import BufferFacts, PoolFacts, PoolState, RunState, Snapshot
 from asyncrl.runtime.inspect_text import one_line
-from asyncrl.runtime.plain_view import clock
+from asyncrl.runtime.plain_view import clock, held_out_text
 
 _LABEL = 9
 _LIVE_STATES = ("queued", "leased", "complete", "scored", "batched")
@@ -75,6 +75,8 @@ def _facts(run: RunStatus, endpoint: str, width: int) -> Table:
     table.add_row("engines", _engines(now))
     table.add_row("buffer", _held(now.buffer))
     table.add_row("", _ended(now.buffer))
+    if now.held_out.wanted:
+        table.add_row("held out", Text(held_out_text(now.held_out)))
     table.add_row("control", Text(endpoint, QUIET))
     return table
 

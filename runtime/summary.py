@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from asyncrl.generators.estimates import Estimate
 from asyncrl.runtime.facts import PHASES, BufferFacts, Evaluation, Fact
 from asyncrl.runtime.summary_totals import Step, Totals
 
@@ -22,13 +23,25 @@ WILSON_Z = 1.959963984540054
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
-    """Held-out accuracy with its 95 % Wilson score interval."""
+    """Held-out accuracy with its 95 % interval (`accuracy_interval`)."""
 
+    step: int
     version: int
+    oldest_version: int
     accuracy: float
+    """avg@k."""
     low: float
     high: float
     prompts: int
+    rollouts_per_prompt: int
+    pass_at: dict[int, Estimate]
+    maj_at: dict[int, Estimate]
+    tokens: float
+    """Mean length of an answer."""
+    truncated: float
+    """Share of answers that their budget ended."""
+    failed: int
+    """Answers that could not be scored, and count as wrong."""
 
 
 class Conservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +111,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     reward_last: float | None
     held_out_before: Accuracy | None
     held_out_after: Accuracy | None
+    evaluations: int
+    evaluations_missed: int
+    """Due, and left out or given up."""
     versions_published: int
     """Syncs after the first one, which only brings the engines the model that the run starts from."""
     rollouts_trained: int
@@ -152,6 +168,8 @@ def summarise(
         reward_last=_finite(steps[-1].reward) if steps else None,
         held_out_before=_accuracy(totals.before),
         held_out_after=_accuracy(totals.after),
+        evaluations=totals.evaluations,
+        evaluations_missed=totals.evaluations_missed,
         versions_published=max(0, totals.version),
         rollouts_trained=totals.buffer.trained,
         rollouts_over_versions=sum(step.rollouts_over_versions for step in steps),
@@ -173,17 +191,28 @@ def summarise(
     )
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927, JASA 22:209, equation for the limits); (0, 1) if n is 0."""
-    if not 0 <= correct <= n:
-        raise ValueError(f"wilson: expected 0 <= correct <= n, got correct={correct}, n={n}")
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """95 % score interval of a proportion of `n` draws (Wilson 1927, JASA 22:209, equation for the limits); (0, 1) if n is 0."""
+    if not (0 <= share <= 1 and n >= 0):
+        raise ValueError(f"wilson: expected 0 <= share <= 1 and n >= 0, got share={share}, n={n}")
     if n == 0:
         return 0.0, 1.0
-    share, z2 = correct / n, WILSON_Z**2
+    z2 = WILSON_Z**2
     centre = share + z2 / (2 * n)
     half = WILSON_Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return (0.0 if correct == 0 else low), (1.0 if correct == n else high)
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
+
+
+def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
+    """95 % interval of avg@k. Answers to one prompt go together: they count as so many independent ones as would have the
+    standard error that was found over prompts (effective sample size; Kish 1965, Survey Sampling, 8.2), at least one for each
+    prompt."""
+    share, error = evaluation.accuracy.value, evaluation.accuracy.standard_error
+    n = float(evaluation.prompts)
+    if evaluation.rollouts_per_prompt > 1 and error > 0 and 0 < share < 1:
+        n = max(n, min(share * (1 - share) / error**2, n * evaluation.rollouts_per_prompt))
+    return wilson(share, n)
 
 
 def conservation(buffer: BufferFacts) -> Conservation:
@@ -228,15 +257,23 @@ def _buffer_use(totals: Totals) -> BufferUse:
 
 
 def _accuracy(evaluation: Evaluation | None) -> Accuracy | None:
-    if evaluation is None or evaluation.prompts == 0:
+    if evaluation is None:
         return None
-    low, high = wilson(evaluation.correct, evaluation.prompts)
+    low, high = accuracy_interval(evaluation)
     return Accuracy(
+        step=evaluation.step,
         version=evaluation.version,
-        accuracy=evaluation.correct / evaluation.prompts,
+        oldest_version=evaluation.oldest_version,
+        accuracy=evaluation.accuracy.value,
         low=low,
         high=high,
         prompts=evaluation.prompts,
+        rollouts_per_prompt=evaluation.rollouts_per_prompt,
+        pass_at=evaluation.pass_at,
+        maj_at=evaluation.maj_at,
+        tokens=evaluation.tokens.value,
+        truncated=evaluation.truncated.value,
+        failed=evaluation.failed,
     )
 
 

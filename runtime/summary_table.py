@@ -71,13 +71,14 @@ def _run(summary: Summary) -> list[Row]:
 
 
 def _learned(summary: Summary) -> list[Row]:
-    first, last = summary.reward_first, summary.reward_last
+    first, last, missed = summary.reward_first, summary.reward_last, summary.evaluations_missed
     reward = NOT_MEASURED
     if first is not None and last is not None:
         reward = f"{first:.3f} -> {last:.3f} (mean of the first and of the last step)"
     return [
         Row("held out before", _accuracy(summary.held_out_before), "bold"),
         Row("held out after", _accuracy(summary.held_out_after), "bold"),
+        *([Row("evaluations", _evaluations(summary))] if summary.evaluations > 2 or missed else []),
         Row("reward", reward),
     ]
 
@@ -85,10 +86,21 @@ def _learned(summary: Summary) -> list[Row]:
 def _accuracy(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return NOT_MEASURED
-    return (
-        f"{accuracy.accuracy:.3f} (95 % interval {accuracy.low:.3f} to {accuracy.high:.3f}, "
-        f"{accuracy.prompts} prompts, version {accuracy.version})"
-    )
+    version = f"version {accuracy.version}"
+    if accuracy.oldest_version != accuracy.version:
+        version = f"versions {accuracy.oldest_version} to {accuracy.version}"
+    prompts = f"{accuracy.prompts} prompts"
+    if accuracy.rollouts_per_prompt > 1:
+        prompts += f" x {accuracy.rollouts_per_prompt}"
+    text = f"{accuracy.accuracy:.3f} (95 % interval {accuracy.low:.3f} to {accuracy.high:.3f}, {prompts}, {version})"
+    for name, by_k in (("pass", accuracy.pass_at), ("maj", accuracy.maj_at)):
+        text += "".join(f", {name}@{k} {estimate.value:.3f}" for k, estimate in by_k.items())
+    return text + (f"; {accuracy.failed:,} answers could not be scored" if accuracy.failed else "")
+
+
+def _evaluations(summary: Summary) -> str:
+    missed = summary.evaluations_missed
+    return f"{summary.evaluations}" + (f", and {missed} that came to nothing" if missed else "")
 
 
 def _rollouts(summary: Summary) -> list[Row]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from asyncrl.runtime.facts import TRAINING, BufferFacts, Evaluation, Fact, Snapshot, StepFacts
+from asyncrl.runtime.facts import (
+    TRAINING,
+    BufferFacts,
+    Evaluation,
+    EvaluationMissed,
+    Fact,
+    Snapshot,
+    StepFacts,
+)
 
 
 class Step(NamedTuple):
@@ -37,6 +45,8 @@ class Totals:
         self.steps: list[Step] = []
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
+        self.evaluations = 0
+        self.evaluations_missed = 0
         self.buffer = BufferFacts()
         self.held_bytes = 0
         self.waits: dict[str, float] = {}
@@ -55,9 +65,13 @@ class Totals:
             )
         elif isinstance(fact, Snapshot):
             self._add_snapshot(fact)
+        elif isinstance(fact, EvaluationMissed):
+            self.evaluations_missed += 1
         elif fact.step > 0:
+            self.evaluations += 1
             self.after = fact
         elif self.before is None:
+            self.evaluations += 1
             self.before = fact
 
     def _add_snapshot(self, now: Snapshot) -> None:

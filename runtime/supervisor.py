@@ -1,8 +1,10 @@
 """Runs the parts of one run from start to end, and ends it with the culprit's traceback when it cannot go on.
 
     start buffer, engines and learner --> publish version 0 --> engines take and confirm it --> held-out accuracy
-        --> admit prompts --> steps: read, train, publish, commit --> hand rollouts back --> held-out accuracy --> end
+        --> admit prompts --> steps: read, train, publish, commit [, checkpoint] --> hand rollouts back --> held-out accuracy
+        --> end
 
+A run that goes on from a checkpoint puts learner and buffer back to it first, and publishes the version that they had then.
 The learner's calls and the buffer's keepers are watched; what ends by itself ends the run. A buffer process that dies is
 started again (`buffer_watch`), engines come and go (`fleet`), and commands change the run meanwhile (`commands`). One event
 loop, in the launching process. Called by `launch`.
@@ -13,20 +15,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.buffer.keys import ClientKeys
-from asyncrl.generators.prompts import Frontier, Prompt
+from asyncrl.generators.prompts import Frontier
 from asyncrl.recipes import Recipe
 from asyncrl.runtime import facts
 from asyncrl.runtime.buffer_watch import ShardKeeper
+from asyncrl.runtime.checkpointing import Checkpointing
+from asyncrl.runtime.checkpoints import Manifest
 from asyncrl.runtime.feeder import feed
 from asyncrl.runtime.fleet import Fleet
-from asyncrl.runtime.held_out import evaluate
+from asyncrl.runtime.held_out import Evaluations
+from asyncrl.runtime.learner_faults import named
 from asyncrl.runtime.learner_part import StepOutcome
+from asyncrl.runtime.learner_ranks import LearnerRanks
 from asyncrl.runtime.machines import watch_machines
 from asyncrl.runtime.observer import Observer
 from asyncrl.runtime.tuner import Tuner
@@ -51,6 +57,9 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
 class Supervisor:
     """One run. `run` ends with all steps done or the run drained, with `Stopped`, or with `PartFailed`."""
 
+    WORK: ClassVar[str] = facts.TRAINING
+    """The phase in which engines have rollouts."""
+
     def __init__(
         self,
         recipe: Recipe,
@@ -59,7 +68,8 @@ class Supervisor:
         observer: Observer,
         watch: Watch,
         frontier: Frontier,
-        held_out: list[Prompt],
+        evaluations: Evaluations,
+        goes_on_from: Manifest | None = None,
     ) -> None:
         self.recipe, self.observer, self.watch = recipe, observer, watch
         self.fleet: Fleet | None = None
@@ -68,9 +78,14 @@ class Supervisor:
         """Nothing more is admitted; the run ends when what is under way is trained."""
         self.look = asyncio.Event()
         """Somebody wants to see the run as it is now."""
+        self.in_training = ""
+        """The batch that is being trained on, for whoever tells of a fault."""
         self._run_id, self._keys = run_id, parts.keys
-        self._buffers, self._learners = parts.buffers, parts.learners
-        self._frontier, self._held_out = frontier, held_out
+        self._buffers = parts.buffers
+        self._ranks = LearnerRanks(parts.learners, watch, recipe.learner.step_timeout_s)
+        self._from = goes_on_from
+        self._checkpointing = Checkpointing(recipe, watch.folder, self._ranks, observer.note)
+        self._frontier, self._evaluations = frontier, evaluations
         self._open = contextlib.AsyncExitStack()
         self._client: BufferClient | None = None
         self._feeding: asyncio.Task[None] | None = None
@@ -84,13 +99,15 @@ class Supervisor:
         fleet = self.fleet = Fleet(self.recipe, folder, self._run_id, self.watch, client, address, note)
         self.watch.add("fleet", fleet.keep())
         self.watch.add("machines", watch_machines(note))
+        self.watch.add("checkpoints", self._checkpointing.keep())
         observing = self.watch.add("observer", self._observe(client, fleet))
         try:
             await guarded(self._start(address, fleet))
-            await guarded(self._evaluate(0))
+            await guarded(self._evaluate_before(fleet))
             await guarded(self._train(client, fleet))
             await guarded(fleet.hand_back())
-            await guarded(self._evaluate(self.observer.steps_done))
+            await guarded(self._checkpoint_at_end())
+            await guarded(self._evaluate_after(fleet))
             await guarded(self._save())
         finally:
             observing.cancel()
@@ -98,6 +115,7 @@ class Supervisor:
 
     async def close(self) -> None:
         """After everything else, also where the run failed: the keepers of engines talk to the buffer to their end."""
+        await self._evaluations.close()
         if self.fleet is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_S):
@@ -120,43 +138,50 @@ class Supervisor:
         return address
 
     async def _start(self, address: BufferAddress, fleet: Fleet) -> None:
-        """Version 0 is published as soon as the learner can; engines take it when they are up, and then the run begins."""
-        learner = self.recipe.learner
+        """The first version is published as soon as the learner can; engines take it when they are up, and then the run begins."""
+        ranks, timeout_s = self._ranks, self.recipe.learner.start_timeout_s
         with self.observer.phase(facts.ENGINE_START):
             fleet.start()
-            ranks = [
-                self.watch.call(f"learner-{i}", part.start.remote(), learner.start_timeout_s)
-                for i, part in enumerate(self._learners)
-            ]
-            endpoint = (await asyncio.gather(*ranks))[0]
-            first = self._learners[0]
-            await self.watch.call("learner-0", first.meet.remote(address), _CALL_S)
-            await self._on_every_rank("publish", 0)
+            endpoint = await ranks.everyone("start", timeout_s=timeout_s)
+            await ranks.first("meet", address, timeout_s=_CALL_S)
+            await ranks.everyone("publish", await self._restored())
             fleet.endpoint.set_result(endpoint)
         with self.observer.phase(facts.FIRST_SYNC):
             await fleet.begin()
-            await self.watch.call("learner-0", first.admit_prompts.remote(), _CALL_S)
+            await ranks.first("admit_prompts", timeout_s=_CALL_S)
+            await self._checkpointing.begin()
 
-    async def _evaluate(self, step: int) -> None:
-        """Held-out accuracy on the present weights."""
-        if self._held_out and self.fleet is not None:
+    async def _restored(self) -> int:
+        """The version to begin with, which learner and buffer have then."""
+        found = self._from
+        if found is None:
+            return 0
+        await self._ranks.everyone("restore", found.step, found.version, found.learner)
+        return found.version
+
+    async def _evaluate_before(self, fleet: Fleet) -> None:
+        if self._evaluations.wanted and not self.observer.steps_done:
             with self.observer.phase(facts.EVALUATION):
-                timeout_s = self.recipe.learner.step_timeout_s
-                self.observer.evaluated(
-                    step, await evaluate(self.fleet, self._held_out, str(step), timeout_s)
-                )
+                await self._evaluations.before(fleet, 0)
+
+    async def _evaluate_after(self, fleet: Fleet) -> None:
+        if self._evaluations.wanted:
+            with self.observer.phase(facts.EVALUATION):
+                await self._evaluations.settle()
+                await self._evaluations.after(fleet, self.observer.steps_done)
 
     async def _train(self, client: BufferClient, fleet: Fleet) -> None:
-        with self.observer.phase(facts.TRAINING):
+        with self.observer.phase(self.WORK):
             fleet.dispatching.set()
             self._training = True
             self.observer.state = "running"
             self.feed()
             tuning = self.watch.add("tuner", Tuner(fleet, self.observer).run())
             try:
-                for step in range(1, self.recipe.run.steps + 1):
+                for step in range(self.observer.steps_done + 1, self.recipe.run.steps + 1):
                     if not await self._step(step, client, fleet):
                         break
+                    await self._evaluations.after_step(fleet, step)
             finally:
                 self._training = False
                 await self.stop_feeding()
@@ -168,7 +193,6 @@ class Supervisor:
         """False where the run is drained and no batch can come any more."""
         began = time.monotonic()
         self.observer.learner_state = "waiting for rollouts"
-        learner = self._learners[0]
         stall_s = self.recipe.run.stall_timeout_s
         # Waits for the buffer to have a batch, which engines fill; ends with the batch, or when a watched part ends,
         # a stop is asked for, or nothing moves for so long. One read may take as long as that: it waits for a buffer
@@ -177,15 +201,23 @@ class Supervisor:
             drained = self.draining and await self._is_drained(
                 client
             )  # before the read, which takes what there is
-            if await self.watch.call("learner-0", learner.read.remote(_READ_S), stall_s + _CALL_S):
+            batch = await self._ranks.first("read", _READ_S, timeout_s=stall_s + _CALL_S)
+            if batch is not None:
                 break
             if drained:
                 return False
             self.observer.check_progress(stall_s)
         waited_s = time.monotonic() - began
-        self.observer.learner_state = "training"
-        outcome: StepOutcome = await self._on_every_rank("train")
-        self.observer.stepped(step, outcome, waited_s)
+        self.observer.learner_state, self.in_training = "training", named(batch)
+        due = self._checkpointing.due(step)
+        if due and self.recipe.run.deterministic:
+            await self.stop_feeding()  # nothing is under way at the checkpoint
+        outcome: StepOutcome = await self._ranks.everyone("train")
+        self.in_training = ""
+        checkpoint_stall_s = await self._checkpointing.take() if due else 0.0
+        if not self.draining:
+            self.feed()
+        self.observer.stepped(step, outcome, waited_s, checkpoint_stall_s)
         for report in (outcome.sync, *outcome.welcomes):
             fleet.condemn(report.out_of_service)
         return True
@@ -208,35 +240,38 @@ class Supervisor:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
 
+    async def _checkpoint_at_end(self) -> None:
+        """Where the run was drained there is none of the last step yet."""
+        await self._checkpointing.take()
+
     async def _save(self) -> None:
-        await self._on_every_rank("save")
+        """The model, and the last checkpoint as far as it is not written yet."""
+        await self._ranks.everyone("save")
+        await self._checkpointing.finish(self.recipe.learner.step_timeout_s)
 
     async def wind_down(self, *, save: bool) -> None:
         """Ends every part in order; the caller sets the deadline."""
         if save:
-            await asyncio.gather(*self._remote_on_ranks("save"))
+            await self._save_in_mid_run()
         if self.fleet is not None:
             await self.fleet.shutdown()
         if self._client is not None:
             self.observer.buffer_report(await self._client.status())
             await self._client.stop()
-        await asyncio.gather(*(p.close.remote() for p in self._learners), return_exceptions=True)
+        await self._ranks.close()
+
+    async def _save_in_mid_run(self) -> None:
+        """What was learned, and a checkpoint with what the engines handed back. With `deterministic` the last one stays the one to
+        go on from: a rollout that goes on from its middle has other last bits."""
+        await self._save()
+        if self.fleet is not None and self.fleet.begun and not self.recipe.run.deterministic:
+            await self._checkpointing.take()
+            await self._checkpointing.finish(self.recipe.learner.step_timeout_s)
 
     async def stop_dispatchers(self) -> None:
         """For a stop in mid-run: partial rollouts go back to the buffer, and so to its log, with what they have."""
         if self.fleet is not None:
             await self.fleet.hand_back()
-
-    async def _on_every_rank(self, method: str, *arguments: Any) -> Any:
-        timeout_s = self.recipe.learner.step_timeout_s
-        calls = [
-            self.watch.call(f"learner-{i}", reference, timeout_s)
-            for i, reference in enumerate(self._remote_on_ranks(method, *arguments))
-        ]
-        return (await asyncio.gather(*calls))[0]
-
-    def _remote_on_ranks(self, method: str, *arguments: Any) -> list[Any]:
-        return [getattr(part, method).remote(*arguments) for part in self._learners]
 
     async def _observe(self, client: BufferClient, fleet: Fleet) -> None:
         """Once a second, and after each command: the state of every part, to view and metrics. Ends when cancelled."""

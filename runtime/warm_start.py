@@ -1,4 +1,4 @@
-"""`asyncrl sft`: the model that a recipe starts from, made from prompt/answer pairs. Called by the CLI.
+"""`asyncrl sft`: the model that a recipe starts from, made from prompt/answer pairs. Called by the CLI, `imitate` by `rft` as well.
 
 Prompts come from `generators`, training from `learner`; here the two meet. Demonstrations of several turns are played with
 the recipe's environment, in its worker processes, so that what is imitated is what a run will see.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import transformers
@@ -22,7 +22,7 @@ from asyncrl.generators.config import EnvironmentConfig
 from asyncrl.generators.prompts import Reply, pairs
 from asyncrl.generators.turns import open_turns
 from asyncrl.learner.config import SFTConfig
-from asyncrl.learner.sft import SFTProgress, sft_tokenizer, train_sft
+from asyncrl.learner.sft import Pair, SFTProgress, sft_tokenizer, train_sft
 from asyncrl.recipes import Recipe
 from asyncrl.recipes.preflight import usable_cores
 
@@ -31,17 +31,8 @@ _LINE_EVERY = 50
 
 def make(recipe: Recipe, config: SFTConfig, console: Console) -> None:
     """Writes `recipe.model.path`. Nothing else runs meanwhile, so every core of the machine computes."""
-    transformers.logging.disable_progress_bar()
     tokenizer = sft_tokenizer(config)
-    bar = Progress(
-        TextColumn("supervised fine-tuning"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar, _replies(recipe.environment, tokenizer) as reply:
+    with _replies(recipe.environment, tokenizer) as reply:
         examples = pairs(
             config.source,
             config.answer_field,
@@ -51,22 +42,37 @@ def make(recipe: Recipe, config: SFTConfig, console: Console) -> None:
             stop_tokens=recipe.environment.stop_tokens if recipe.environment else (),
             reply=reply,
         )
-        task = bar.add_task("sft", total=config.steps, loss=float("nan"))
+        imitate(recipe, config, examples, Path(recipe.model.path), console)
+
+
+def imitate(
+    recipe: Recipe,
+    config: SFTConfig,
+    examples: Iterable[Pair],
+    out: Path,
+    console: Console,
+    name: str = "sft",
+) -> None:
+    """Trains on `examples` and writes the model folder `out`; shows how it goes."""
+    transformers.logging.disable_progress_bar()
+    bar = Progress(
+        TextColumn("supervised fine-tuning"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=config.steps, loss=float("nan"))
 
         def show(done: SFTProgress) -> None:
             bar.update(task, completed=done.step, loss=done.loss)
             if not console.is_terminal and (done.step % _LINE_EVERY == 0 or done.step == done.steps):
-                console.print(f"sft step {done.step}/{done.steps} loss {done.loss:.3f}", highlight=False)
+                console.print(f"{name} step {done.step}/{done.steps} loss {done.loss:.3f}", highlight=False)
 
         cores = usable_cores() if recipe.learner.device == "cpu" else 1
-        train_sft(
-            config,
-            examples,
-            Path(recipe.model.path),
-            cores=cores,
-            device=recipe.learner.device,
-            progress=show,
-        )
+        train_sft(config, examples, out, cores=cores, device=recipe.learner.device, progress=show)
 
 
 @contextlib.contextmanager

@@ -19,12 +19,24 @@ from asyncrl.runtime.run_folder import RunFolder
 class PartFailed(RuntimeError):
     """A part of the run broke or died: which, its traceback, the end of its log."""
 
-    def __init__(self, report: str, *, cause: str = "", process_died: bool = False) -> None:
+    def __init__(
+        self,
+        report: str,
+        *,
+        part: str = "",
+        cause: str = "",
+        process_died: bool = False,
+        raised: BaseException | None = None,
+    ) -> None:
         super().__init__(report)
+        self.part = part
+        """Which one, where it is one alone."""
         self.cause = cause or _first_line(report)
         """In one line."""
         self.process_died = process_died
         """The process is gone, which says nothing against what it ran: it may be started again."""
+        self.raised = raised
+        """What was raised where the call ran, where something was."""
 
 
 class Stopped(Exception):
@@ -55,7 +67,9 @@ class Watch:
         except ray.exceptions.RayError as error:
             died = isinstance(error, ray.exceptions.RayActorError)
             report = self.report(part, str(error))
-            raise PartFailed(report, cause=_cause(error), process_died=died) from error
+            raised = getattr(error, "cause", None)
+            cause = _cause(error)
+            raise PartFailed(report, part=part, cause=cause, process_died=died, raised=raised) from error
 
     async def call(self, part: str, reference: Any, timeout_s: float) -> Any:
         try:

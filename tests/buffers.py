@@ -24,12 +24,21 @@ class Buffer:
     """A buffer of so many shards, each a service in a thread of this process."""
 
     def __init__(
-        self, folder, *, prompts_per_step=2, rollouts_per_prompt=2, bound=1, over_stale="mask", **config
+        self,
+        folder,
+        *,
+        prompts_per_step=2,
+        rollouts_per_prompt=2,
+        bound=1,
+        over_stale="mask",
+        greedy_baseline=False,
+        **config,
     ):
         self.folder = Path(folder)
         self.config = BufferConfig(**config)
         self.staleness = StalenessConfig(max_staleness_versions=bound, over_stale=over_stale)
         self.sizes = (prompts_per_step, rollouts_per_prompt)
+        self.greedy_baseline = greedy_baseline
         self.server_keys, self.client_keys = make_keys(self.folder / "keys")
         self.services, self.threads, self.ports = [], [], [0] * self.config.shards
         self.start()
@@ -44,7 +53,9 @@ class Buffer:
         return self.folder / "rollouts" / str(shard)
 
     def settings(self, shard=0):
-        return ledger_settings(self.config, self.staleness, *self.sizes, shard)
+        return ledger_settings(
+            self.config, self.staleness, *self.sizes, shard, greedy_baseline=self.greedy_baseline
+        )
 
     def start(self):
         for shard in range(self.config.shards):

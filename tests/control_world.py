@@ -17,7 +17,7 @@ from pathlib import Path
 from asyncrl.buffer.keys import make_keys
 from asyncrl.runtime.control import CommandRefused, RunStatus, check_scale, pools_meant
 from asyncrl.runtime.control_server import ControlServer
-from asyncrl.runtime.facts import BufferFacts, EngineFacts, PoolFacts, Snapshot
+from asyncrl.runtime.facts import BufferFacts, EngineFacts, HeldOut, PoolFacts, Snapshot
 from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.runtime.summary import RunIdentity, summarise, write_summary
 
@@ -56,6 +56,7 @@ class ObedientRun:
             started_at=STARTED,
             who_waits="learner waits for rollouts 41 %: generation is the bottleneck",
             snapshot=Snapshot(
+                held_out=HeldOut(wanted=True, step=0, accuracy=0.5, standard_error=0.1),
                 seconds=148.0,
                 phase="training",
                 step=self.step,

@@ -5,7 +5,7 @@ import asyncio
 from asyncrl.generators.config import SamplingConfig
 from asyncrl.generators.dispatcher import Dispatcher
 from asyncrl.generators.fake_engine import FakeEngine
-from asyncrl.generators.reward_pool import Score
+from asyncrl.generators.score import Score
 
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=1.0, flush_tokens=4)
 STOP = (0,)
@@ -15,7 +15,7 @@ class Scorer:
     """Real scores of a simple rule."""
 
     async def score(self, answer_text, payload):
-        return Score(float(len(answer_text)), {})
+        return Score(float(len(answer_text)), 0.0, {})
 
 
 def dispatcher(

@@ -25,6 +25,7 @@ from asyncrl.generators.fake_engine import FakeEngine
 from asyncrl.generators.fake_speech import Lengths, probe_logprobs, weights_digest
 from asyncrl.generators.in_flight import InFlight
 from asyncrl.generators.vllm_engine import VLLMEngine
+from asyncrl.weight_sync.plan import Adapter
 from asyncrl.weight_sync.wire import Offer
 
 TIMEOUT_S = 60.0
@@ -51,10 +52,11 @@ class World:
     vocab_size: int
     max_tokens: int
 
-    def __init__(self, weights: dict[str, Weights]) -> None:
+    def __init__(self, weights: dict[str, Weights], adapter: Adapter | None = None) -> None:
         self.weights = weights
         self.version = -1
-        self.offers = offers.Offers(f"test-{uuid.uuid4().hex[:12]}", next(iter(weights.values())))
+        example = next(iter(weights.values()))
+        self.offers = offers.Offers(f"test-{uuid.uuid4().hex[:12]}", example, adapter=adapter)
         self._runner = asyncio.Runner()
         self._ids = itertools.count()
 
@@ -204,6 +206,13 @@ class VLLMWorld(World):
             logits = self.models[kind](torch.tensor([list(tokens)])).logits[0, :-1].float()
         wanted = torch.tensor(list(tokens)[1:])
         return (logits / temperature).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+
+    def logprobs_after(self, kind: str, tokens: Sequence[int]) -> list[float]:
+        """Of each token of the vocabulary as the next one, by Hugging Face."""
+        with torch.no_grad():
+            logits = self.models[kind](torch.tensor([list(tokens)])).logits[0, -1].float()
+        found: list[float] = logits.log_softmax(-1).tolist()
+        return found
 
     def expected_probe(self, offer: Offer, kind: str, tokens: Sequence[int]) -> list[float]:
         return self.reference(kind, tokens).tolist()

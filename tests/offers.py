@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from asyncrl.weight_sync.plan import Plan, make_plan
+from asyncrl.weight_sync.plan import Adapter, Plan, make_plan
 from asyncrl.weight_sync.slots import Slots
 from asyncrl.weight_sync.wire import Offer
 
@@ -16,7 +16,11 @@ class Offers:
     """Two slots of shared memory, as the learner has them; small buckets, so that there are several."""
 
     def __init__(
-        self, run_id: str, example: Mapping[str, torch.Tensor], bucket_bytes: int = 64 * 1024
+        self,
+        run_id: str,
+        example: Mapping[str, torch.Tensor],
+        bucket_bytes: int = 64 * 1024,
+        adapter: Adapter | None = None,
     ) -> None:
         self.plan: Plan = make_plan(
             [
@@ -24,6 +28,7 @@ class Offers:
                 for name, tensor in example.items()
             ],
             bucket_bytes,
+            adapter,
         )
         self._slots = Slots(run_id, self.plan)
 

@@ -16,6 +16,7 @@ LAYOUTS = {
     "prompts": _layout(
         group_id=pa.int64(),
         rollout_ids=_list(pa.int64()),
+        greedy_id=pa.int64(),
         position=pa.int64(),
         prompt_id=pa.string(),
         tokens=_list(pa.int32()),
@@ -41,6 +42,7 @@ LAYOUTS = {
         engine_id=pa.string(),
         reason=pa.string(),
         reward=pa.float32(),
+        cost=pa.float32(),
     ),
 }
 
@@ -69,11 +71,12 @@ class LogWriter:
         batch = pa.RecordBatch.from_pylist([stamped], schema=LAYOUTS[name])
         self.files[name].write(batch.serialize())
 
-    def admit(self, group_id, rollout_ids, *, tokens=(1, 2), question="1+1=", position=0):
+    def admit(self, group_id, rollout_ids, *, greedy_id=0, tokens=(1, 2), question="1+1=", position=0):
         self.row(
             "prompts",
             group_id=group_id,
             rollout_ids=rollout_ids,
+            greedy_id=greedy_id,
             position=position,
             prompt_id=f"sums#{group_id}",
             tokens=tokens,
@@ -103,6 +106,7 @@ class LogWriter:
             "engine_id": "",
             "reason": "",
             "reward": 0.0,
+            "cost": 0.0,
         }
         self.row("states", rollout_id=rollout_id, group_id=group_id, state=state, **(usual | columns))
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 ALPHABET = "0123456789+=;abcdefghijklmnopqrstuvwxyz "
 EOS = "<eos>"
@@ -41,6 +48,46 @@ def write_model(
                 weight.normal_(0, spread)
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_classifier(
+    folder: Path,
+    *,
+    family: str = "qwen2",
+    pad: str | None = "own",
+    template: str = "",
+    labels: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Writes a reward model with random float32 weights and its tokenizer to `folder` and returns it.
+
+    `family`: qwen2 or llama. `pad`: its padding token is one of its `own`, that of the end (`eos`), or None.
+    """
+    torch.manual_seed(seed)
+    kind, settings = {
+        "qwen2": (Qwen2ForSequenceClassification, Qwen2Config),
+        "llama": (LlamaForSequenceClassification, LlamaConfig),
+    }[family]
+    eos = len(ALPHABET)
+    config = settings(
+        vocab_size=eos + 1 + (pad == "own"),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id={"own": eos + 1, "eos": eos, None: None}[pad],
+        num_labels=labels,
+    )
+    kind(config).save_pretrained(folder)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -75,7 +75,7 @@ def drive(arguments: argparse.Namespace, folder: Path) -> tuple[list[Phase], Pat
     """Runs the whole of it; the phases and the run's folder."""
     wanted = [(s, float(t)) for s, _, t in (part.partition(":") for part in arguments.phases.split(","))]
     command = ["launch", arguments.recipe, "--set", "run.name=bench", "--set", f"run.folder={folder}"]
-    for override in ["run.steps=1000000", "prompts.held_out=", *arguments.overrides]:
+    for override in ["run.steps=1000000", "evaluation.source=", *arguments.overrides]:
         command += ["--set", override]
     run = folder / "bench"
     with (folder / "output.txt").open("wb") as output:

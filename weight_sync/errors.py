@@ -40,6 +40,10 @@ class ChecksumError(WeightSyncError):
         )
 
 
+class IncompleteWeights(WeightSyncError):
+    """An offer and the engine's model do not match parameter by parameter."""
+
+
 class EnginesMissing(WeightSyncError):
     """Engines that were waited for did not join in time."""
 

@@ -57,14 +57,26 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[TensorSpec, ...]
 
 
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """Says that the tensors are a LoRA adapter's, in the names of peft's adapter folders, to be put on a base that engines
+    have: W x + alpha / rank B (A x)."""
+
+    rank: int
+    alpha: float
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Every bucket of one model, in sending order."""
 
     buckets: tuple[Bucket, ...]
     total_bytes: int
+    adapter: Adapter | None = None
+    """None: the tensors are the whole model, in checkpoint names."""
 
 
-def make_plan(specs: Sequence[tuple[str, str, Sequence[int]]], bucket_bytes: int) -> Plan:
+def make_plan(
+    specs: Sequence[tuple[str, str, Sequence[int]]], bucket_bytes: int, adapter: Adapter | None = None
+) -> Plan:
     """Lay the tensors `(name, dtype name, shape)` out in the order given and cut them into buckets.
 
     A tensor begins a new bucket when it would take the present one past `bucket_bytes`. Raises `ValueError` for no
@@ -82,7 +94,8 @@ def make_plan(specs: Sequence[tuple[str, str, Sequence[int]]], bucket_bytes: int
             pending = []
         pending.append(tensor)
     buckets.append(_bucket(len(buckets), pending))
-    return Plan(buckets=tuple(buckets), total_bytes=buckets[-1].start + buckets[-1].size)
+    total_bytes = buckets[-1].start + buckets[-1].size
+    return Plan(buckets=tuple(buckets), total_bytes=total_bytes, adapter=adapter)
 
 
 def _laid_out(specs: Sequence[tuple[str, str, Sequence[int]]]) -> Iterator[TensorSpec]:

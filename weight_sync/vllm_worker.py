@@ -21,7 +21,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -36,8 +36,9 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from asyncrl.weight_sync.errors import WeightSyncError
+from asyncrl.weight_sync.errors import IncompleteWeights, WeightSyncError
 from asyncrl.weight_sync.plan import Bucket
+from asyncrl.weight_sync.vllm_adapter import replace_adapter
 from asyncrl.weight_sync.wire import Offer
 
 BACKEND = "asyncrl"
@@ -46,7 +47,16 @@ OWNER_VARIABLE = "ASYNCRL_ENGINE_OWNER"
 
 
 class WorkerExtension:
-    """What `worker_extension_cls` names. It adds no method: importing its module is the purpose."""
+    """What `worker_extension_cls` names: importing its module is one purpose, the method that it adds to vLLM's worker the other."""
+
+    def replace_adapter(self, offer: dict[str, Any], inode: int) -> None:
+        """Called by the engine between two steps. Raises `IncompleteWeights` before anything changed."""
+        worker: Any = self
+        taken = msgspec.convert(offer, Offer)
+        assert taken.plan.adapter is not None
+        # Copied: the adapter is kept, and the file is written again two versions later.
+        tensors = {name: tensor.clone() for bucket in _mapped(taken, inode) for name, tensor in bucket}
+        replace_adapter(worker.model_runner.lora_manager, tensors, taken.plan.adapter, taken.version)
 
 
 def _end_with(owner: int) -> None:
@@ -65,10 +75,6 @@ def _end_with(owner: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="asyncrl-owner", daemon=True).start()
-
-
-class IncompleteWeights(WeightSyncError):
-    """An offer does not hold every parameter of the engine's model."""
 
 
 @dataclasses.dataclass
@@ -107,15 +113,8 @@ class SharedMemoryWeights(WeightTransferEngine[NoInit, OfferedUpdate]):
         expected = {name for name, _ in self.model.named_parameters()}
         load: Callable[..., set[str] | None] = getattr(self.model, "load_weights")  # noqa: B009 (vLLM's models have it)
         loaded: set[str] = set()
-        # MAP_PRIVATE and never written to: the pages stay those of the shared file, without a copy.
-        data = torch.from_file(offer.location, shared=False, size=offer.plan.total_bytes, dtype=torch.uint8)
-        # Of the name that was just mapped: a file that replaces it later does not touch these pages.
-        if os.stat(offer.location).st_ino != update_info.inode:
-            raise WeightSyncError(
-                f"version {offer.version}: {offer.location} is not the file that was verified"
-            )
-        for bucket in offer.plan.buckets:
-            loaded |= load(_tensors(data, bucket)) or set()
+        for bucket in _mapped(offer, update_info.inode):
+            loaded |= load(bucket) or set()
         missing = sorted(name for name in expected - loaded if not self._is_tied(name))
         if missing:
             raise IncompleteWeights(
@@ -143,6 +142,18 @@ class SharedMemoryWeights(WeightTransferEngine[NoInit, OfferedUpdate]):
         for module in self.model.modules():
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _mapped(offer: Offer, inode: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """(name, view) of each tensor, bucket by bucket, in the bytes that were verified. Raises `WeightSyncError` if the file is
+    another one by now."""
+    # MAP_PRIVATE and never written to: the pages stay those of the shared file, without a copy.
+    data = torch.from_file(offer.location, shared=False, size=offer.plan.total_bytes, dtype=torch.uint8)
+    # Of the name that was just mapped: a file that replaces it later does not touch these pages.
+    if os.stat(offer.location).st_ino != inode:
+        raise WeightSyncError(f"version {offer.version}: {offer.location} is not the file that was verified")
+    for bucket in offer.plan.buckets:
+        yield _tensors(data, bucket)
 
 
 def _tensors(data: torch.Tensor, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:

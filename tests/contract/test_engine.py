@@ -81,6 +81,31 @@ def test_tokens_are_streamed_while_they_are_sampled(world: World) -> None:
     assert len(answer.chunks) > 10
 
 
+def test_greedy_is_the_same_whenever_and_among_whomever_it_is_asked(world: World) -> None:
+    """Also where it goes on from a prefix, as on another engine, and while others are sampled in the same steps."""
+
+    async def among_others() -> list[int]:
+        requests = [world.request(tokens=[5, 6, 7], n=40, temperature=t) for t in (0.0, 1.0, 1.0)]
+        greedy, *sampled = await asyncio.gather(*(world.answer(request) for request in requests))
+        assert all(other.tokens != greedy.tokens for other in sampled)
+        return greedy.tokens
+
+    alone = world.run(world.answer(world.request(tokens=[5, 6, 7], n=40, temperature=0.0))).tokens
+    assert world.run(among_others()) == alone
+    rest = world.run(world.answer(world.request(tokens=[5, 6, 7, *alone[:15]], n=25, temperature=0.0)))
+    assert rest.tokens == alone[15:]
+
+
+def test_greedy_is_the_likeliest_token_each_time(vllm: VLLMWorld) -> None:
+    answer = vllm.run(vllm.answer(vllm.request(tokens=[5, 6, 7], n=40, temperature=0.0)))
+    context = [5, 6, 7, *answer.tokens]
+    best = [
+        max(range(vllm.vocab_size), key=vllm.logprobs_after("random", context[:end]).__getitem__)
+        for end in range(3, len(context))
+    ]
+    assert answer.tokens == best
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_logprobs_are_those_of_the_model(vllm: VLLMWorld, temperature: float) -> None:
     vllm.run(vllm.publish("random"))

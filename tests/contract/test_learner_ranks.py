@@ -31,7 +31,8 @@ RANK = textwrap.dedent(
     from safetensors.torch import save_file
     from asyncrl.learner.config import LearnerConfig
     from asyncrl.learner.objective_config import GRPO
-    from asyncrl.learner.step import Learner, NonFiniteLoss
+    from asyncrl.learner.faults import NonFiniteLoss
+    from asyncrl.learner.step import Learner
 
     folder, out, rank, ranks, address = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     config = LearnerConfig(
@@ -54,7 +55,7 @@ RANK = textwrap.dedent(
         error = "none"
     except NonFiniteLoss as fault:
         error = str(fault)
-    (out / f"report-{rank}").write_bytes(msgspec.json.encode([metrics, probe, error]))
+    (out / f"report-{rank}").write_bytes(msgspec.msgpack.encode([metrics, probe, error]))
     learner.close()
     # As Ray ends its workers: on the way out of the interpreter a thread of torch's that is still there can abort the
     # process ("terminate called without an active exception", 1 of about 6 runs under load).
@@ -72,8 +73,11 @@ OBJECTIVES = (
     '{"type": "reinforce_pp_baseline", "correction": {"type": "decoupled"}}',
     '{"type": "gspo", "clip_low": 0.002, "clip_high": 0.002, "correction": {"type": "none"}}',
     '{"type": "cispo", "correction": {"type": "masked", "level": "sequence", "low": 0.2, "high": 5.0}}',
+    '{"type": "ppo", "gae_lambda": 0.9, "kl": {"estimator": "k3", "coefficient": 0.2, "place": "loss"}}',
+    '{"type": "vapo", "imitation": 0.2, "cost": {"limit": 0.1, "multiplier": 2.0}}',
+    '{"type": "remax", "cost": {"limit": 0.1}, "kl": {"estimator": "k1", "coefficient": 0.2, "place": "reward"}}',
 )
-"""Every objective, correction, aggregation and level at least once."""
+"""Every objective, correction, aggregation, level and part at least once."""
 
 GRADIENTS = textwrap.dedent(
     """
@@ -94,16 +98,20 @@ GRADIENTS = textwrap.dedent(
             start_timeout_s=60, step_timeout_s=60,
         )
         learner = Learner(config, folder, 0.9, rank, ranks, address)
-        policy = learner.trained["policy"]
-        policy.optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.1)  # so that changes are gradients
-        gather = lambda: {n: t.clone() for b in learner.plan(20_000).buckets for n, t in learner.gather(b).items()}
-        before = gather()
-        table = pa.ipc.open_file(str(Path(folder) / "batch-0")).read_all() if rank == 0 else None
-        metrics.append(learner.train(table, 4 if rank == 0 else -1))
-        changes.update({f"{index}/{name}": tensor - before[name] for name, tensor in gather().items()})
+        for trained in learner.trained.values():
+            trained.optimizer = torch.optim.SGD(trained.parameters.values(), lr=0.05)  # so that changes are gradients
+        masters = lambda: {
+            f"{index}/{part}/{name}": parameter.detach().full_tensor().clone()
+            for part, trained in learner.trained.items() for name, parameter in trained.parameters.items()
+        }
+        before = masters()
+        for _ in range(2):  # the second time with a critic that says something, and a policy that left the reference
+            table = pa.ipc.open_file(str(Path(folder) / "baselines")).read_all() if rank == 0 else None
+            metrics.append(learner.train(table, 4 if rank == 0 else -1))
+        changes.update({name: tensor - before[name] for name, tensor in masters().items()})
         learner.close()
     save_file(changes, str(out / f"weights-{rank}"))
-    (out / f"report-{rank}").write_bytes(msgspec.json.encode([metrics, [], ""]))
+    (out / f"report-{rank}").write_bytes(msgspec.msgpack.encode([metrics, [], ""]))
     os._exit(0)  # as above
     """
 )
@@ -118,6 +126,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     _write(_table(random, groups=5), folder / "batch-0")
     _write(_table(random, groups=1), folder / "batch-1")  # 3 rollouts: the second rank has an empty pass
+    baselines = _table(random, groups=5).to_pylist()
+    for index, row in enumerate(baselines):
+        row["reward"] = float(random.integers(0, 5)) / 4
+        if index % 3 == 0:
+            row |= {"greedy": True, "trainable": [False] * len(row["tokens"])}
+    _write(pa.Table.from_pylist(baselines, schema=BATCH), folder / "baselines")
     broken = _table(random, groups=4).to_pylist()
     broken[5]["logprobs"][0] = float("nan")
     _write(pa.Table.from_pylist(broken, schema=BATCH), folder / "broken")
@@ -139,7 +153,9 @@ def _table(random: np.random.Generator, groups: int) -> pa.Table:
                     "logprobs": random.normal(-2.7, 0.3, size).tolist(),
                     "versions": random.integers(2, 5, size).tolist(),
                     "trainable": [True, *(random.random(size - 1) > 0.2).tolist()],
-                    "reward": float(len(rows) % 3 == 0),
+                    "reward": float(len(rows) % 3 == 0) + 0.5 * float(len(rows) % 5 == 0),
+                    "cost": float(len(rows) % 4 == 0),
+                    "greedy": False,
                     "finish_reason": "stop",
                 }
             )
@@ -181,7 +197,7 @@ def _run(folder: Path, out: Path, ranks: int, script: str = RANK, *more: str) ->
 
 def _report(out: Path, rank: int) -> tuple[list[StepMetrics], list[float], str]:
     raw = (out / f"report-{rank}").read_bytes()
-    return msgspec.json.decode(raw, type=tuple[list[StepMetrics], list[float], str])
+    return msgspec.msgpack.decode(raw, type=tuple[list[StepMetrics], list[float], str])
 
 
 def test_two_ranks_do_what_one_does(folder: Path, tmp_path: Path) -> None:
@@ -220,7 +236,10 @@ def test_two_ranks_have_the_gradient_of_one_whatever_the_objective(folder: Path,
             np.testing.assert_allclose(found[name], want[name], atol=TOLERANCE, rtol=1e-4, err_msg=name)
         for ours, other in zip(metrics, _report(two, rank)[0], strict=True):
             _compare(ours, other)
-    assert all(each.grad_norm > 0.01 for each in metrics)
+    assert all(each.grad_norm > 0.01 for each in metrics), [each.grad_norm for each in metrics]
+    assert [each.critic_grad_norm > 0.01 for each in metrics[::2]] == [
+        "ppo" in o or "vapo" in o for o in OBJECTIVES
+    ]
 
 
 def _compare(ours: StepMetrics, other: StepMetrics) -> None:

@@ -28,11 +28,12 @@ path = "{model}"
 max_context_tokens = 128
 [prompts]
 source = "sums:train"
-held_out = "sums:test"
-held_out_prompts = 16
 prompts_per_step = 4
 rollouts_per_prompt = 4
 task = {{ max_terms = 6 }}
+[evaluation]
+source = "sums:test"
+prompts = 16
 [sampling]
 max_new_tokens = 48
 flush_tokens = 8
@@ -55,13 +56,23 @@ verify = "never"   # fake engines do not compute with the weights
 
 
 class Run:
-    """One launch under way."""
+    """One launch under way, or one resume: `start` says which."""
 
-    def __init__(self, tmp_path: Path, model: Path, *overrides: str) -> None:
+    def __init__(self, tmp_path: Path, model: Path, *overrides: str, start: str = "launch") -> None:
         recipe = tmp_path / "recipe.toml"
         self.runs = tmp_path / "runs"
         recipe.write_text(RECIPE.format(runs=self.runs, model=model))
-        command = [sys.executable, "-P", "-m", "asyncrl.runtime.cli", "launch", str(recipe)]
+        what = {
+            "resume": ["resume", str(self.folder)],
+            "launch --resume": ["launch", str(recipe), "--resume"],
+        }
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "asyncrl.runtime.cli",
+            *what.get(start, ["launch", str(recipe)]),
+        ]
         for override in overrides:
             command += ["--set", override]
         self.output = tmp_path / "output.txt"
@@ -96,13 +107,15 @@ class Run:
             assert time.monotonic() < deadline, f"no line {line!r}:\n{self.text}"
             time.sleep(0.1)
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], timeout_s: float = 120.0, every_s: float = 0.2
+    ) -> None:
         """Asks again and again; fails with the output when the run ends or takes too long."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
             assert time.monotonic() < deadline, f"it did not come to be:\n{self.text}"
-            time.sleep(0.2)
+            time.sleep(every_s)
 
     def command(self, name: str, *arguments: str, expect: int = 0) -> str:
         """`asyncrl NAME RUN ...` from another process; its output."""
@@ -154,7 +167,7 @@ class Run:
         return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def kill(self) -> None:
-        """For the end of a test that failed in the middle."""
+        """All of it with SIGKILL, the guard included: as a machine that goes down, or the end of a test that failed."""
         for process in [*self.descendants(), self.tree] if self.process.poll() is None else []:
             try:
                 process.kill()
@@ -173,10 +186,10 @@ VLLM = (
 
 
 @contextlib.contextmanager
-def launched(tmp_path: Path, model: Path, *overrides: str) -> Iterator[Run]:
+def launched(tmp_path: Path, model: Path, *overrides: str, start: str = "launch") -> Iterator[Run]:
     """A run that is gone at the end, with its shared memory, however it ended."""
     shared = set(SHARED_MEMORY.glob("asyncrl-*"))
-    run = Run(tmp_path, model, *overrides)
+    run = Run(tmp_path, model, *overrides, start=start)
     try:
         yield run
     finally:

@@ -28,7 +28,7 @@ def test_a_run_whose_environment_speaks_and_sometimes_fails(tmp_path, model, mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     section = 'environment={ function = "nodding:nodding", settings = { word = ";;" } }'
     lengths = "pools.0.fake.lengths={ median_tokens = 6, sigma = 0.3 }"
-    with launched(tmp_path, model, section, lengths, "prompts.held_out=''", "run.steps=6") as run:
+    with launched(tmp_path, model, section, lengths, "evaluation.source=''", "run.steps=6") as run:
         assert run.end(240.0) == 0, run.text
         summary = run.summary
         log = read_log(run.folder / "rollouts")

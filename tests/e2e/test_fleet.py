@@ -30,7 +30,7 @@ def check_sound(run, steps):
 
 
 def test_engines_that_are_killed_are_started_again(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=60", "prompts.held_out=", "pools.0.fake.step_s=0.01") as run:
+    with launched(tmp_path, model, "run.steps=60", "evaluation.source=", "pools.0.fake.step_s=0.01") as run:
         run.wait_for_step()
         for engine in ("fake-0", "fake-1"):
             run.engine(engine).kill()
@@ -44,7 +44,7 @@ def test_engines_that_are_killed_are_started_again(tmp_path, model):
 @pytest.mark.vllm
 def test_a_run_goes_on_after_the_death_of_its_only_vllm_engine(tmp_path, model):
     """The engine's core is killed, its own process lives: the tails of all rollouts are handed in before it is replaced."""
-    with launched(tmp_path, model, *VLLM, "run.steps=12", "prompts.held_out=") as run:
+    with launched(tmp_path, model, *VLLM, "run.steps=12", "evaluation.source=") as run:
         run.wait_for_step()
         (core,) = [p for p in run.engine("fake-0").children() if "EngineCore" in " ".join(p.cmdline())]
         core.kill()
@@ -60,7 +60,7 @@ def test_a_pool_that_keeps_dying_fails_and_the_others_go_on(tmp_path, model):
         'pools=[{ name = "good", engine = "fake", device = "cpu", fake = { step_s = 0.01 } },'
         ' { name = "bad", engine = "fake", device = "cpu", max_deaths = 1, fake = { step_s = 0.01 } }]'
     )
-    with launched(tmp_path, model, pools, "run.steps=100000", "prompts.held_out=") as run:
+    with launched(tmp_path, model, pools, "run.steps=100000", "evaluation.source=") as run:
         run.wait_for_step()
         run.engine("bad-0").kill()
         run.wait_for(r"^note +engine bad-0 died")
@@ -83,7 +83,7 @@ def test_a_pool_that_keeps_dying_fails_and_the_others_go_on(tmp_path, model):
 def test_concurrency_engines_pause_and_drain_while_the_run_goes_on(tmp_path, model):
     """Every command, from another process, and what the run's own status says of it."""
     with launched(
-        tmp_path, model, "run.steps=100000", "prompts.held_out=", "pools.0.fake.step_s=0.02"
+        tmp_path, model, "run.steps=100000", "evaluation.source=", "pools.0.fake.step_s=0.02"
     ) as run:
         run.wait_for_step()
 
@@ -148,7 +148,7 @@ def test_machines_join_and_are_lost_in_the_middle_of_a_run(tmp_path, model):
         " resources = { slot = 1.0 }, fake = { step_s = 0.01 } }]"
     )
     with cluster() as (machines, join):
-        changes = (pools, f"run.ray_address={machines.address}", "run.steps=100000", "prompts.held_out=")
+        changes = (pools, f"run.ray_address={machines.address}", "run.steps=100000", "evaluation.source=")
         with launched(tmp_path, model, *changes) as run:
             run.wait_for_step()
             assert run.status()["snapshot"]["pools"][0]["state"] == "short"
@@ -181,7 +181,7 @@ def check_tails(folder: Path):
 
 
 def test_a_launcher_that_is_stopped_by_command(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+    with launched(tmp_path, model, "run.steps=100000", "evaluation.source=") as run:
         run.wait_for_step()
         children = run.descendants()
         run.command("stop")

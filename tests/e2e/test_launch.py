@@ -1,5 +1,6 @@
 """The whole system, launched as a user does: Ray, buffer, engines, learner, weight sync, summary, and a clean end."""
 
+import re
 import stat
 import time
 
@@ -67,7 +68,7 @@ def test_two_learner_ranks_two_engines_and_wandb(tmp_path, model):
 
 
 def test_ctrl_c_ends_cleanly_and_keeps_what_was_learned(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+    with launched(tmp_path, model, "run.steps=100000", "evaluation.source=") as run:
         run.wait_for_step()
         children = run.descendants()
         began = time.monotonic()
@@ -80,7 +81,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_what_was_learned(tmp_path, model):
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+    with launched(tmp_path, model, "run.steps=100000", "evaluation.source=") as run:
         run.wait_for_step()
         children = run.descendants()
         run.interrupt()
@@ -93,7 +94,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, model):
 
 
 def test_the_death_of_the_learner_ends_the_run_and_names_it(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+    with launched(tmp_path, model, "run.steps=100000", "evaluation.source=") as run:
         run.wait_for_step()
         children = run.descendants()
         began = time.monotonic()
@@ -122,7 +123,7 @@ def test_a_run_outlives_the_death_of_its_buffer(tmp_path, model, shards):
 
 
 def test_a_buffer_that_cannot_read_its_log_back_ends_the_run_with_its_traceback(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=") as run:
+    with launched(tmp_path, model, "run.steps=100000", "evaluation.source=") as run:
         run.wait_for_step()
         # What the disk spoiled is found when the next process reads it back.
         (base,) = (run.folder / "rollouts" / "0").glob("base-*.msgpack")
@@ -133,23 +134,29 @@ def test_a_buffer_that_cannot_read_its_log_back_ends_the_run_with_its_traceback(
     assert "LogDamaged" in run.text and "recovery.py" in run.text
 
 
-def test_an_error_in_a_part_ends_the_run_with_its_traceback(tmp_path, model):
+def test_a_fault_that_comes_again_after_a_restore_ends_the_run_with_its_traceback(tmp_path, model):
     # A fake engine gives every rollout of a prompt the same answer; only chance makes their rewards differ.
     dice = "import random\n\ndef reward(answer_text, payload):\n    return random.random()\n"
     (tmp_path / "dice.py").write_text(dice)
     changes = (
         "learner.learning_rate=1e30",
+        "learner.on_fault=restore",
+        "learner.max_restores=1",
         'rewards.terms=[{ function = "dice:reward" }]',
-        "prompts.held_out=",
+        "evaluation.source=",
     )
     with launched(tmp_path, model, "run.steps=50", *changes) as run:
-        assert run.end(120) == 1, run.text
-    assert "learner-0 failed" in run.summary["outcome"]
-    assert "NonFiniteLoss" in run.text and "step.py" in run.text  # the traceback, not only the message
+        assert run.end(180) == 1, run.text
+    outcome = run.summary["outcome"]
+    assert outcome.startswith("failed: learner-0 failed: NonFinite") and "learner fault: " in outcome
+    assert re.search(r"on rollouts \d+ \(versions 0-0\)", outcome) and "restored 1 times" in outcome
+    assert run.text.count("the run goes on from step 0") == 1
+    assert "step.py" in run.text  # the traceback, not only the message
+    assert len(re.findall("^after step 0: ", (run.folder / "logs" / "faults.log").read_text(), re.M)) == 2
 
 
 def test_nothing_outlives_a_killed_launcher(tmp_path, model):
-    with launched(tmp_path, model, "run.steps=100000", "prompts.held_out=", *VLLM) as run:
+    with launched(tmp_path, model, "run.steps=100000", "evaluation.source=", *VLLM) as run:
         run.wait_for_step()
         children = run.descendants()
         run.tree.kill()

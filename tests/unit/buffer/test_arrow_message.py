@@ -198,7 +198,7 @@ def write_some(folder):
             )
         )
         rows = StateRows()
-        rows.add(first, 1, State.LEASED, 0, 5, 0, 0, "engine-ä", "", 0.0)
+        rows.add(first, 1, State.LEASED, 0, 5, 0, 0, "engine-ä", "", 0.0, 0.0)
         rows.add_many([Rollout(r, group) for r in range(first, first + 40)], 3)
         rows.published(4)
         log.states(rows)

@@ -195,6 +195,8 @@ def layout_of(lengths):
         piece_versions=[0] * len(lengths),
         piece_lengths=list(lengths),
         rewards=[0.0],
+        costs=[0.0],
+        greedy=[False],
         finish_reasons=["stop"],
         oldest_trainable_version=0,
     )

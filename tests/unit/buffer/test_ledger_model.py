@@ -37,8 +37,14 @@ def append_piece(columns, rollout_id, version, tokens):
 
 
 def age(group):
-    sampled = (v for r in group.rollouts.values() for v, _ in r.spans if v != ENVIRONMENT)
-    return min(sampled, default=None)
+    trained = (r for r in group.rollouts.values() if r.rollout_id != group.greedy_id)
+    return min((v for r in trained for v, _ in r.spans if v != ENVIRONMENT), default=None)
+
+
+def has_all(group, size):
+    """Whether it can be handed over, counted from scratch."""
+    scored = [r.rollout_id for r in group.rollouts.values() if r.state is State.SCORED]
+    return len(scored) == size + bool(group.greedy_id) and (not group.greedy_id or group.greedy_id in scored)
 
 
 def order(rollout):
@@ -54,11 +60,13 @@ def recount(book):
     waiting = [g for g in book.groups.values() if not g.batch_id]
     for group in waiting:
         assert group.oldest_version == age(group)
-        assert group.scored == sum(r.state is State.SCORED for r in group.rollouts.values())
+        scored = [r.rollout_id for r in group.rollouts.values() if r.state is State.SCORED]
+        assert group.scored == len({*scored} - {group.greedy_id})
+        assert group.greedy_id == 0 or group.greedy_id in group.rollouts
     assert dict(book.ages) == Counter(age(g) for g in waiting if age(g) is not None)
     assert {order(r) for r in book.rollouts.values() if r.state is State.QUEUED} <= {*book.queue}
     size = book.settings.rollouts_per_prompt
-    complete = {(age(g), g.group_id) for g in waiting if g.scored == size}
+    complete = {(age(g), g.group_id) for g in waiting if has_all(g, size)}
     assert complete <= {*book.ready}
     for rollout in book.rollouts.values():
         assert (rollout.state in HELD) == bool(rollout.lease_id)
@@ -98,7 +106,14 @@ class Follower:
     def follow(self, rows, now):
         """As a recovery reads a commit: prompts, then segments, then changes of state."""
         for group, rollout_ids, prompt in self.admitted:
-            self.book.admit(group.group_id, rollout_ids, group.prompt_id, group.position, PROMPT_TOKENS)
+            self.book.admit(
+                group.group_id,
+                rollout_ids,
+                group.prompt_id,
+                group.position,
+                PROMPT_TOKENS,
+                group.greedy_id,
+            )
             self.columns.put_prompt(group.group_id, prompt, rollout_ids)
         for rollout_id, version, tokens in self.extended:
             self.book.extend(self.book.rollouts[rollout_id], version, tokens)
@@ -137,15 +152,17 @@ class LedgerMachine(RuleBasedStateMachine):
         spare=st.sampled_from([0, 0, 1, 2]),
         bound=st.integers(0, 3),
         over_stale=st.sampled_from(["mask", "wait", "wait", "drop"]),
+        greedy=st.booleans(),
         dynamic_sampling=st.booleans(),
         shards=st.sampled_from([1, 3]),
         punctual=st.booleans(),
     )
-    def begin(self, groups, size, spare, bound, over_stale, dynamic_sampling, shards, punctual):
+    def begin(self, groups, size, spare, bound, over_stale, greedy, dynamic_sampling, shards, punctual):
         self.settings = LedgerSettings(
             prompts_per_step=groups,
             rollouts_per_prompt=size,
             spare_rollouts_per_prompt=spare,
+            greedy_baseline=greedy,
             dynamic_sampling=dynamic_sampling and size > 1,  # one reward has no spread
             max_staleness_versions=bound,
             over_stale=over_stale,
@@ -436,10 +453,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def check_batch(self, batch):
         book, config = self.ledger.book, self.settings
         assert len(batch.group_ids) == config.prompts_per_step
-        assert len({*batch.rollout_ids}) == config.prompts_per_step * config.rollouts_per_prompt
+        per_group = config.rollouts_per_prompt + config.greedy_baseline
+        assert len({*batch.rollout_ids}) == config.prompts_per_step * per_group
         assert not any(r in self.trained for r in batch.rollout_ids)
+        baselines = {book.groups[g].greedy_id for g in batch.group_ids}
+        assert not config.greedy_baseline or baselines <= {*batch.rollout_ids}
         aged = {
-            r: [batch.version - v for v in self.versions[r] if v != ENVIRONMENT] for r in batch.rollout_ids
+            r: [batch.version - v for v in self.versions[r] if v != ENVIRONMENT and r not in baselines]
+            for r in batch.rollout_ids
         }
         every = [a for ages in aged.values() for a in ages]
         trainable = [a for a in every if 0 <= a <= self.bound]
@@ -449,7 +470,7 @@ class LedgerMachine(RuleBasedStateMachine):
             members = book.groups[group_id].rollouts
             assert min(a for r in members for a in aged[r]) <= self.bound
             if config.dynamic_sampling:
-                assert len({r.reward for r in members.values()}) > 1
+                assert len({r.reward for r in members.values() if r.rollout_id not in baselines}) > 1
         if config.over_stale == "drop" or (config.over_stale == "wait" and not self.overdue):
             assert max(every) <= self.bound
 
@@ -458,6 +479,8 @@ class LedgerMachine(RuleBasedStateMachine):
         counts = self.ledger.commit(batch_id, version)
         self.trained.update(self.batch.rollout_ids)
         assert counts.holds and counts.trained == self.trained.total()
+        per_group = self.settings.rollouts_per_prompt + self.settings.greedy_baseline
+        assert counts.baselines * per_group == self.settings.greedy_baseline * counts.trained
         if again:
             assert self.ledger.commit(batch_id, version) == counts
             self.ledger.publish(version)

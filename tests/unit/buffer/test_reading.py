@@ -38,7 +38,7 @@ def test_a_whole_life_becomes_one_row(tmp_path):
     log.segment(4, 2, [12], version=1, lease_id=3)
     log.segment(4, 3, [], version=1, lease_id=3, finish="stop")
     log.state(4, "COMPLETE", lease_id=3, engine_id="b-1", version=1, reason="stop")
-    log.state(4, "SCORED", lease_id=3, engine_id="b-1", version=1, reward=0.5)
+    log.state(4, "SCORED", lease_id=3, engine_id="b-1", version=1, reward=0.5, cost=0.25)
     log.state(4, "BATCHED", batch_id=9, version=1)
     log.state(4, "TRAINED", batch_id=9, version=2)
     table = rollouts_table(read_log(tmp_path))
@@ -49,6 +49,8 @@ def test_a_whole_life_becomes_one_row(tmp_path):
         "prompt_id": "sums#1",
         "state": "TRAINED",
         "reward": 0.5,
+        "cost": 0.25,
+        "greedy": False,
         "finish_reason": "stop",
         "attempts": 0,
         "engines": ["a-0", "b-1"],
@@ -68,7 +70,16 @@ def test_a_whole_life_becomes_one_row(tmp_path):
         "payload": '{"question": "1+1=", "answer": "2"}',
     }
     assert queued["state"] == "QUEUED" and queued["finish_reason"] == "" and queued["tokens"] == []
-    unknown = ("reward", "first_version", "last_version", "batch_id", "step", "reason", "ended_unix_s")
+    unknown = (
+        "reward",
+        "cost",
+        "first_version",
+        "last_version",
+        "batch_id",
+        "step",
+        "reason",
+        "ended_unix_s",
+    )
     assert all(queued[name] is None for name in unknown)
     kinds = {"tokens": pa.int32(), "logprobs": pa.float32(), "versions": pa.int32()}
     assert {name: table.schema.field(name).type.value_type for name in kinds} == kinds
@@ -361,7 +372,15 @@ def test_any_segments_leave_what_replacing_in_order_leaves(segments):
     states = pa.Table.from_pylist(
         [
             {"seq": -4 + i, "unix_s": 0.0, "rollout_id": i, "group_id": 1, "state": "QUEUED", "version": 0}
-            | {"lease_id": 0, "attempts": 0, "batch_id": 0, "engine_id": "", "reason": "", "reward": 0.0}
+            | {
+                "lease_id": 0,
+                "attempts": 0,
+                "batch_id": 0,
+                "engine_id": "",
+                "reason": "",
+                "reward": 0.0,
+                "cost": 0.0,
+            }
             for i in expected
         ],
         rollout_logs.LAYOUTS["states"],

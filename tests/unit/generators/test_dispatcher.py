@@ -8,7 +8,7 @@ from asyncrl.buffer import BufferClient
 from asyncrl.buffer.columns import slices
 from asyncrl.generators import dispatcher as dispatching
 from asyncrl.generators.engine import GenerationRequest
-from asyncrl.generators.reward_pool import RewardFailed
+from asyncrl.generators.score import RewardFailed
 from tests.buffers import admit, buffer_service
 from tests.dispatching import SAMPLING, STOP, Scorer, dispatcher, fake, read
 

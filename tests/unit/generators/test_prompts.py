@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.generators.config import PromptsConfig
+from asyncrl.generators.evaluation_config import EvaluationConfig
 from asyncrl.generators.prompts import Frontier, held_out, open_source, pairs, permuted
 from asyncrl.generators.sources import SourceError, open_rows
 from asyncrl.generators.tokens import (
@@ -221,13 +222,13 @@ def test_an_epoch_has_every_prompt_once_and_the_next_has_another_order(character
 
 
 def test_held_out_takes_no_more_than_there_are_and_no_train_question(digits, characters):
-    config = PromptsConfig(source="sums:train", held_out="sums:test", held_out_prompts=50)
+    config = PromptsConfig(source="sums:train")
     train = {prompt.payload for prompt in Frontier(open_source(config, digits), 0).take(500)}
-    prompts = held_out(config, digits)
+    prompts = held_out(config, EvaluationConfig(source="sums:test", prompts=50), digits)
     assert len(prompts) == 50 and not {p.payload for p in prompts} & train
-    config = PromptsConfig(source="sums:train", held_out=str(SAMPLE), held_out_prompts=256)
-    assert len({p.prompt_id for p in held_out(config, characters)}) == 200
-    assert held_out(PromptsConfig(source="sums:train"), digits) == []
+    sample = EvaluationConfig(source=str(SAMPLE), prompts=256)
+    assert len({p.prompt_id for p in held_out(config, sample, characters)}) == 200
+    assert held_out(config, EvaluationConfig(), digits) == []
 
 
 def test_plain_prompts_get_no_special_token_and_chat_prompts_the_template(characters):

@@ -14,7 +14,8 @@ import pytest
 
 from asyncrl.generators.config import RewardsConfig, RewardTerm
 from asyncrl.generators.functions import FunctionError
-from asyncrl.generators.reward_pool import RewardFailed, RewardPool, check_functions
+from asyncrl.generators.reward_pool import RewardPool, check_functions
+from asyncrl.generators.score import RewardFailed
 
 FUNCTIONS = '''
     """Reward functions of the tests."""

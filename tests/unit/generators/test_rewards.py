@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from asyncrl.generators.functions import FunctionError, load_function
 from asyncrl.generators.reward_math import final_answer, math_answer, plain_number
-from asyncrl.generators.rewards import BUILT_IN, reward_values, sums, think_format
+from asyncrl.generators.rewards import BUILT_IN, reward_values, stated_answer, sums, think_format
 from asyncrl.generators.tasks import sum_row
 
 SAMPLE = [
@@ -173,6 +173,13 @@ def test_a_function_that_is_not_there_names_the_way_out(name, words):
 def test_values_are_numbers_by_name():
     assert reward_values("f", True) == {"reward": 1.0}
     assert reward_values("f", {"reward": 1, "length": 3}) == {"reward": 1.0, "length": 3.0}
+
+
+def test_a_final_answer_is_a_text_beside_them():
+    assert reward_values("f", {"reward": 1, "answer": "7"}) == {"reward": 1.0}
+    assert stated_answer({"reward": 1, "answer": "7"}) == "7"
+    assert reward_values("f", {"reward": 1, "answer": 7}) == {"reward": 1.0, "answer": 7.0}
+    assert stated_answer({"reward": 1, "answer": 7}) is None and stated_answer(1.0) is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from asyncrl.generators import vllm_settings
 from asyncrl.generators.child_processes import bound_to, environment_for_children
 from asyncrl.generators.config import PoolConfig
+from asyncrl.learner.lora_config import MOST_ENGINE_RANK
 
 
 def pool(**settings: object) -> PoolConfig:
@@ -31,7 +32,17 @@ def test_cpu_and_cuda_arguments() -> None:
 
 def test_weights_never_come_from_the_folder() -> None:
     for device in ("cpu", "cuda"):
-        assert vllm_settings.arguments(pool(device=device), "m", 64, 1)["load_format"] == "dummy"
+        chosen = vllm_settings.arguments(pool(device=device), "m", 64, 1)
+        assert chosen["load_format"] == "dummy" and "enable_lora" not in chosen
+
+
+def test_but_the_base_of_adapters_does() -> None:
+    for rank, room in ((1, 1), (2, 8), (8, 8), (33, 64), (129, 256), (512, 512)):
+        chosen = vllm_settings.arguments(pool(), "m", 64, 1, adapter_rank=rank)
+        assert chosen["load_format"] == "auto"
+        assert (chosen["enable_lora"], chosen["max_loras"], chosen["max_lora_rank"]) == (True, 1, room)
+    with pytest.raises(ValueError, match="up to 512"):
+        vllm_settings.arguments(pool(), "m", 64, 1, adapter_rank=MOST_ENGINE_RANK + 1)
 
 
 def test_the_prefix_cache_is_as_the_recipe_says() -> None:

@@ -84,6 +84,8 @@ def build_table(
             rows["versions"].append(np.sort(random.integers(4 if fresh else 2, 5, size)))
             rows["trainable"].append(random.random(size) >= masked)
             rows["reward"].append(float(random.integers(0, 3)) / 2)
+            rows["cost"].append(float(random.integers(0, 3)) / 4)
+            rows["greedy"].append(False)
             rows["finish_reason"].append("stop")
     return pa.table(rows, schema=BATCH)
 

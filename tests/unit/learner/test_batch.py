@@ -68,6 +68,27 @@ def test_a_trainable_token_of_the_environment_is_refused(make_table: Callable[..
         read_table(broken)
 
 
+def test_costs_and_baselines_are_read_and_a_baseline_is_never_trained(
+    make_table: Callable[..., pa.Table],
+) -> None:
+    table = make_table()
+    trainable, greedy = table.column("trainable").to_pylist(), [i % 4 == 0 for i in range(table.num_rows)]
+    trainable = [[False] * len(t) if g else t for t, g in zip(trainable, greedy, strict=True)]
+    for name, values in (("greedy", greedy), ("trainable", trainable)):
+        column = pa.array(values, BATCH.field(name).type)
+        table = table.set_column(BATCH.names.index(name), BATCH.field(name), column)
+    batch = read_table(pa.concat_tables([table.slice(0, 3), table.slice(3)]).slice(2))
+    assert batch.greedy.dtype == bool and batch.greedy.tolist() == greedy[2:]
+    assert batch.cost.dtype == np.float32 and batch.cost.tolist() == table.column("cost").to_pylist()[2:]
+    trainable[4][-1] = True
+    column = pa.array(trainable, BATCH.field("trainable").type)
+    broken = table.set_column(BATCH.names.index("trainable"), BATCH.field("trainable"), column)
+    with pytest.raises(
+        ValueError, match="rollout 104: it is its group's greedy baseline and has trainable tokens"
+    ):
+        read_table(broken)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 12))
 def test_minibatches_hold_whole_groups(sizes: list[int], minibatches: int) -> None:

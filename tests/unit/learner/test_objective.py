@@ -1,8 +1,9 @@
-"""Objectives as their settings put them together: which advantages, and what tokens that are context may not do."""
+"""Losses as settings put them together, and what tokens that are context may not do."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,31 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.learner.aggregation import token_weights, weighted_sum
+from asyncrl.learner.aggregation import token_weights
 from asyncrl.learner.columns import Columns
+from asyncrl.learner.critic_advantages import imitation_loss
 from asyncrl.learner.objective import (
     clip_bites,
     correction_acts,
     correction_weights,
-    shaped_rewards,
-    token_advantages,
+    loss_of,
     token_losses,
 )
 from asyncrl.learner.objective_config import (
     CISPO,
     GRPO,
     GSPO,
-    PPO,
-    RLOO,
+    KL,
     VAPO,
     Decoupled,
     Masked,
     NoCorrection,
     Objective,
-    Overlong,
-    ReinforcePP,
-    ReinforcePPBaseline,
-    ReMax,
     Truncated,
 )
 
@@ -48,6 +44,11 @@ OBJECTIVES: tuple[Objective, ...] = (
     GSPO(correction=Masked()),
     CISPO(),
     CISPO(correction=Decoupled()),
+    GRPO(kl=KL(estimator="k3", coefficient=0.2, place="loss")),
+    CISPO(
+        kl=KL(estimator="k2", coefficient=0.2, place="loss"), correction=Decoupled(proximal="interpolated")
+    ),
+    VAPO(imitation=0.3),
 )
 TOKENS = st.lists(st.tuples(st.floats(-4, 0), st.floats(-4, 0), st.floats(-4, 0), st.booleans()), max_size=5)
 ROLLOUTS = st.lists(TOKENS, min_size=1, max_size=6)
@@ -62,9 +63,16 @@ def _columns(rollouts: list[list[tuple[float, float, float, bool]]], objective: 
         behaviour=logprobs[0],
         proximal=logprobs[1],
         current=logprobs[2],
+        reference=logprobs[0] - torch.sin(torch.arange(len(row)).double()),
         entropy=-logprobs[2],
         advantages=torch.cos(1.0 + row.double()),
         weights=token_weights(objective.aggregation, trainable, row, objective.divisor_tokens).double(),
+        imitation=0.3 * (trainable & (row % 2 == 1)).double()
+        if isinstance(objective, VAPO)
+        else 0 * logprobs[0],
+        values=logprobs[0][:, None],
+        returns=logprobs[1][:, None],
+        value_weights=trainable.double(),
         trainable=trainable,
         row=row,
         age=torch.arange(len(row)) % 4,
@@ -75,7 +83,7 @@ def _loss(objective: Objective, columns: Columns) -> tuple[torch.Tensor, torch.T
     """And its gradient by `current`."""
     current = columns.current.clone().requires_grad_()
     own = dataclasses.replace(columns, current=current)
-    loss = weighted_sum(token_losses(objective, own), own.weights)
+    loss = loss_of(own, token_losses(objective, own))
     (gradient,) = torch.autograd.grad(loss, current)
     return loss.detach(), gradient
 
@@ -110,7 +118,8 @@ def test_context_changes_no_loss_and_has_no_gradient(
     assert not gradient[~columns.trainable].any() and bool(gradient.isfinite().all())
     behaviour = torch.where(columns.trainable, columns.behaviour, wild)
     advantages = torch.where(columns.trainable, columns.advantages, 1e3)
-    other = dataclasses.replace(columns, behaviour=behaviour, advantages=advantages)
+    reference = torch.where(columns.trainable, columns.reference, -wild)
+    other = dataclasses.replace(columns, behaviour=behaviour, advantages=advantages, reference=reference)
     again, slope = _loss(objective, other)
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(slope, gradient)
@@ -129,7 +138,9 @@ def test_a_trainable_token_that_is_not_a_number_is_not_hidden(objective: Objecti
     assert token_losses(objective, columns).isnan().any()
 
 
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if not isinstance(o, CISPO)])
+@pytest.mark.parametrize(
+    "objective", [o for o in OBJECTIVES if not isinstance(o, CISPO | VAPO) and o.kl is None]
+)
 def test_the_clip_bites_where_the_gradient_is_cut_off(objective: Objective) -> None:
     random = np.random.default_rng(2)
     rollouts = [[(*random.uniform(-3, 0, 3), True) for _ in range(5)] for _ in range(20)]
@@ -140,44 +151,27 @@ def test_the_clip_bites_where_the_gradient_is_cut_off(objective: Objective) -> N
     torch.testing.assert_close(gradient == 0, cut)
 
 
-def test_advantages_of_the_estimators() -> None:
-    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0, 3.0, 0.0], dtype=torch.float64)
-    group = torch.tensor([0, 0, 0, 1, 1, 1])
-    row = torch.arange(6).repeat_interleave(2)
-    sampled = torch.ones(12, dtype=torch.bool)
-    trainable = row != 2
-    loo = token_advantages(RLOO(), rewards, group, row, sampled, trainable)
-    assert loo.tolist() == [1.0, 1.0, -0.5, -0.5, -0.5, -0.5, 1.5, 1.5, 1.5, 1.5, -3.0, -3.0]
-    for objective in (ReinforcePP(), ReinforcePPBaseline()):
-        found = token_advantages(objective, rewards, group, row, sampled, trainable)
-        assert float(found[trainable].mean()) == pytest.approx(0, abs=1e-9)
-        assert float(found[trainable].std()) == pytest.approx(1, abs=1e-6)
-
-
-def test_returns_pass_over_an_environment_s_words_and_reach_the_turns_before() -> None:
-    sampled = torch.tensor([True, False, False, True, True])
-    found = token_advantages(
-        ReinforcePP(discount=0.5),
-        torch.tensor([8.0], dtype=torch.float64),
-        torch.tensor([0]),
-        torch.zeros(5, dtype=torch.int64),
-        sampled,
-        sampled,
+def test_the_weights_of_the_correction_are_the_surrogate_s_alone() -> None:
+    """Twice as rare under the engine: the surrogate weighs twice, KL and entropy as before."""
+    correction = Truncated(cap=10.0)
+    plain = GRPO(correction=correction)
+    held = GRPO(
+        correction=correction, kl=KL(estimator="k3", coefficient=0.2, place="loss"), entropy_bonus=0.1
     )
-    returns = torch.tensor([2.0, 4.0, 8.0], dtype=torch.float64)
-    want = (returns - returns.mean()) / returns.std()
-    torch.testing.assert_close(found[sampled], want, atol=1e-6, rtol=0)
+    columns = _columns([[(-1.0, -1.0, -1.2, True), (-0.5, -0.5, -0.4, True)]], plain)
+    rare = dataclasses.replace(columns, behaviour=columns.behaviour - np.log(2))
+    torch.testing.assert_close(token_losses(plain, rare), 2 * token_losses(plain, columns))
+    for each in (columns, rare):
+        added = token_losses(held, each) - token_losses(plain, each)
+        d = each.current - each.reference
+        torch.testing.assert_close(added, 0.2 * ((-d).exp() - 1 + d) - 0.1 * each.entropy)
 
 
-@pytest.mark.parametrize("objective", [PPO(), VAPO(), ReMax()])
-def test_there_are_no_advantages_without_their_part(objective: Objective) -> None:
-    one = torch.ones(1, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="without its parts does not start"):
-        token_advantages(objective, one, one.long() * 0, one.long() * 0, one.bool(), one.bool())
-
-
-def test_overlong_answers_lose_reward_before_they_are_compared() -> None:
-    rewards, lengths = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([10, 15, 40])
-    shaped = shaped_rewards(GRPO(overlong=Overlong(free_tokens=10, ramp_tokens=10)), rewards, lengths)
-    assert shaped.tolist() == [1.0, 0.5, -0.5]
-    assert shaped_rewards(GRPO(), rewards, lengths).tolist() == [1.0, 1.0, 0.5]
+def test_imitation_is_that_of_vapo(oracle: Any) -> None:
+    """Its weights give the mean over the tokens of what was right, as `imitation_loss` writes it down."""
+    current, right = oracle.flat("logp"), oracle.row % 3 == 0
+    chosen = right & oracle.mask
+    columns = _columns([[(-1.0, -1.0, -1.0, True)] * len(current)], GRPO())
+    columns = dataclasses.replace(columns, current=current, imitation=0.1 * chosen.double() / chosen.sum())
+    found = loss_of(columns, torch.zeros_like(current))
+    torch.testing.assert_close(found, 0.1 * imitation_loss(current, right, oracle.mask))

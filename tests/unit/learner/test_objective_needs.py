@@ -32,7 +32,7 @@ from asyncrl.learner.objective_config import (
     ReinforcePPBaseline,
     ReMax,
 )
-from asyncrl.learner.objective_needs import Surroundings, broken_rules, missing_parts, name_of, needs_of
+from asyncrl.learner.objective_needs import Surroundings, broken_rules, name_of, needs_of
 
 AROUND = Surroundings(
     max_staleness_versions=2, rollouts_per_prompt=8, dynamic_sampling=True, max_new_tokens=100
@@ -74,9 +74,7 @@ def test_what_needs_the_policy_alone_is_ready(objective: Objective) -> None:
 )
 def test_what_needs_another_part_says_so(objective: Objective, parts: set[str]) -> None:
     assert needs_of(objective).parts == parts
-    told = list(missing_parts(objective))
-    assert len(told) == len(parts)
-    assert set(_broken(objective)) == {path for path, *_ in told}
+    assert _broken(objective) == {}
 
 
 def test_which_logprobs_a_loss_is_made_of() -> None:
@@ -85,6 +83,10 @@ def test_which_logprobs_a_loss_is_made_of() -> None:
     between = GRPO(correction=Decoupled(proximal="interpolated"))
     assert needs_of(between).logprobs == {"current", "behaviour"}
     assert needs_of(GRPO(kl=KL_IN_LOSS)).logprobs == {"current", "proximal", "behaviour", "reference"}
+    in_reward = KL(estimator="k1", coefficient=0.01, place="reward")
+    early = needs_of(GRPO(correction=Decoupled(proximal="interpolated"), kl=in_reward))
+    assert early.logprobs == {"current", "proximal", "behaviour", "reference"} and early.early_proximal
+    assert not needs_of(GRPO(kl=KL_IN_LOSS)).early_proximal
     assert needs_of(GRPO(entropy_bonus=0.01)).entropy
 
 
@@ -135,8 +137,19 @@ def test_which_logprobs_a_loss_is_made_of() -> None:
             "learner.objective.kl.estimator",
             "gradient of mean 0",
         ),
-        (PPO(), {}, "learner.objective.type", "'ppo': needs a critic"),
-        (ReMax(), {}, "learner.objective.type", "'remax': needs a greedy answer"),
+        (
+            GRPO(),
+            {"critic_warmup_steps": 0},
+            "learner.critic",
+            "objective `grpo` has no critic: leave it out",
+        ),
+        (
+            PPO(),
+            {"critic_warmup_steps": 50, "steps": 50},
+            "learner.critic.warmup_steps",
+            "50: the policy would never train: the run has 50 steps",
+        ),
+        (GRPO(), {"reference": True}, "learner.reference", "has no `kl`"),
     ],
 )
 def test_what_is_unsafe_and_the_way_out(

@@ -27,8 +27,8 @@ def recipe():
         ROOT / "recipes" / "gsm8k.toml",
         [
             f'prompts.source="{SAMPLE}"',
-            f'prompts.held_out="{SAMPLE}"',
-            "prompts.held_out_prompts=50",
+            f'evaluation.source="{SAMPLE}"',
+            "evaluation.prompts=50",
             "rewards.workers=1",
         ],
     )
@@ -43,7 +43,7 @@ def prompts(recipe, tmp_path_factory):
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
     tokenizer = load_tokenizer(str(folder))
     source = open_source(recipe.prompts, tokenizer)
-    assert len(held_out(recipe.prompts, tokenizer)) == 50
+    assert len(held_out(recipe.prompts, recipe.evaluation, tokenizer)) == 50
     return tokenizer, Frontier(source, recipe.prompts.seed).take(source.size)
 
 

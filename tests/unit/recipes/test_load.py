@@ -6,6 +6,8 @@ import msgspec
 import pytest
 
 from asyncrl.recipes import RecipeError, dump_recipe, load_recipe, recipe_from
+from asyncrl.recipes.model_folder import ModelFacts
+from asyncrl.recipes.plan_lora import LinearLayers, UnknownTarget, held_state
 from asyncrl.recipes.sizes import derived_sizes, wire_bytes, wire_dtype
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,6 +25,16 @@ def test_the_recipes_that_we_ship_are_sound(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
     assert recipe.run.name == name
     assert recipe_from(dump_recipe(recipe), "again") == recipe
+
+
+def test_what_an_objective_needs_of_the_engines_follows_from_it():
+    plain = load_recipe(QUICKSTART)
+    assert not plain.greedy_baseline and not plain.needs_costs
+    remax = load_recipe(QUICKSTART, ['learner.objective={ type = "remax", cost = { limit = 1.0 } }'])
+    assert remax.greedy_baseline and remax.needs_costs
+    assert remax.rollouts_per_group == plain.rollouts_per_group + 1
+    assert remax.rollouts_per_step == plain.rollouts_per_step
+    assert any("+ 1 greedy)" in size.formula for size in derived_sizes(remax, None))
 
 
 def test_a_name_ends_where_its_line_ends():
@@ -50,10 +62,45 @@ def test_every_problem_is_told_at_once():
             ["learner.minibatches_per_step=64"],
             "learner.minibatches_per_step = 64: a minibatch holds whole groups",
         ),
+        (
+            ["learner.lora={ dropout = 0.1 }"],
+            "learner.lora.dropout = 0.1: must be 0: a token's logprob has to be",
+        ),
+        (
+            ['learner.lora={ sync = "adapter", quantise = "nf4" }'],
+            'learner.lora.sync = "adapter": with learner.lora.quantise = "nf4" engines would put the adapter on',
+        ),
+        (["learner.lora={ ranks = 4 }"], "learner.lora.ranks = 4: unknown key; did you mean 'rank'?"),
         (["prompts.system=hello"], "prompts.system = 'hello': is used by the chat template only"),
         (["sampling.max_new_tokens=4096"], "sampling.max_new_tokens = 4096: leaves no room for a prompt"),
         (["learner.tokens_per_microbatch=16"], "learner.tokens_per_microbatch = 16: one rollout may have"),
         (["pools.0.tensor_parallel=2"], 'must be 1 with device = "cpu"'),
+        (
+            ["rewards.terms=[{}]"],
+            "rewards.terms[0] = function '', model '': a term has one of `function` and `model`",
+        ),
+        (
+            ['rewards.terms=[{ function = "sums", model = "x" }]'],
+            "rewards.terms[0] = function 'sums', model 'x': a term has one of",
+        ),
+        (
+            ['rewards.terms=[{ function = "sums", serving = {} }]'],
+            "`serving` is for a term with `model`, and this has a function",
+        ),
+        (
+            ['rewards.terms=[{ model = "x", serving = { devise = "cpu" } }]'],
+            "rewards.terms[0].serving.devise = 'cpu': unknown key; did you mean 'device'?",
+        ),
+        (
+            [
+                'rewards.terms=[{ model = "x", serving = { device = "cpu" } }, { model = "x", serving = { device = "cpu" } }]'
+            ],
+            "rewards.terms[1] = 'x': is listed twice",
+        ),
+        (
+            ['rewards.terms=[{ model = "x" }]'],
+            'rewards.terms[0].serving.device = "cuda": a reward model stands beside each engine, on its GPU',
+        ),
         (
             ["learner.objective.type=grop"],
             "learner.objective.type = 'grop': expected one of 'grpo', 'dr_grpo', 'dapo', ",
@@ -73,14 +120,6 @@ def test_every_problem_is_told_at_once():
             ["learner.objective.correction={ type = 'none' }"],
             'learner.objective.correction = { type = "none" }: an asynchronous run trains tokens of up to 1 versions ago',
         ),
-        (["learner.objective={ type = 'ppo' }"], "learner.objective.type = 'ppo': needs a critic"),
-        (["learner.objective={ type = 'vapo' }"], "learner.objective.type = 'vapo': needs a critic"),
-        (["learner.objective={ type = 'remax' }"], "learner.objective.type = 'remax': needs a greedy answer"),
-        (
-            ["learner.objective.kl={ estimator = 'k3', coefficient = 0.01, place = 'loss' }"],
-            "learner.objective.kl: needs logprobs of a reference model, which the learner does not have yet",
-        ),
-        (["learner.objective.cost={ limit = 0.1 }"], "learner.objective.cost: needs a cost of each rollout"),
         (
             ["learner.objective={ type = 'dapo' }"],
             'learner.objective.type = "dapo": samples dynamically: set buffer.dynamic_sampling = true',
@@ -183,16 +222,51 @@ def test_an_override_that_fits_nowhere(override):
     assert repr(override) in problems(override)
 
 
+MODEL = ModelFacts(
+    parameters=1_000_000,
+    stored_bytes=2_000_000,
+    max_position_embeddings=None,
+    architecture="Qwen2ForCausalLM",
+    linears={
+        "q_proj": LinearLayers().with_another(100, 50).with_another(100, 50),
+        "up_proj": LinearLayers().with_another(300, 100),
+    },
+)
+
+
 def test_derived_sizes_show_their_arithmetic():
     recipe = load_recipe(QUICKSTART, ["staleness.max_staleness_versions=2", "run.steps=60"])
-    sizes = {size.name: (size.value, size.formula) for size in derived_sizes(recipe, 1_000_000)}
+    sizes = {size.name: (size.value, size.formula) for size in derived_sizes(recipe, MODEL)}
     assert sizes["rollouts per step"] == ("128", "16 prompts_per_step x 8 rollouts_per_prompt")
     assert sizes["prompts under way, at most"] == (
         "48",
         "(2 max_staleness_versions + 1) x 16 prompts_per_step",
     )
     assert sizes["bytes per version"][0] == "3.8 MiB"
-    assert wire_dtype(recipe) == "float32" and wire_bytes(recipe, 10) == 40
+    assert sizes["learner state per rank"] == (
+        "15.3 MiB",
+        "(16 bytes x 1,000,000 parameters) / 1 ranks",
+    )
+    assert wire_dtype(recipe) == "float32" and wire_bytes(recipe, MODEL) == 4_000_000
+
+
+def test_sizes_of_adapters():
+    """2 layers of q_proj [100, 50] and one of up_proj [300, 100]; the base is stored in bfloat16."""
+    lora = 'learner.lora={ rank = 4, target_modules = ["q_proj"], sync = "adapter" }'
+    recipe = load_recipe(QUICKSTART, [lora])
+    assert recipe.adapter_rank == 4
+    sizes = {size.name: (size.value, size.formula) for size in derived_sizes(recipe, MODEL)}
+    assert sizes["bytes per version"] == ("4.7 KiB", "adapter x float32")
+    assert sizes["learner state per rank"] == (
+        "1.9 MiB",
+        "(16 bytes x 1,200 parameters of adapters + a frozen base of 0.00 GB) / 1 ranks",
+    )
+    nf4 = load_recipe(QUICKSTART, ['learner.lora={ rank = 4, quantise = "nf4" }'])
+    assert nf4.adapter_rank == 0 and wire_bytes(nf4, MODEL) == 4_000_000
+    want = 16 * 4 * (300 + 400) + 2 * 960_000 + 0.5625 * 40_000
+    assert held_state(MODEL, nf4.learner.lora).total_bytes == pytest.approx(want)
+    with pytest.raises(UnknownTarget, match=r"v_proj is no linear layer .* which have q_proj, up_proj"):
+        derived_sizes(load_recipe(QUICKSTART, ['learner.lora={ target_modules = ["v_proj"] }']), MODEL)
 
 
 def test_spare_rollouts_count_among_those_under_way():

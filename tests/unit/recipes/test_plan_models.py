@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,11 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3For
 
 from asyncrl.learner import logprobs
 from asyncrl.learner.distributed import init_distributed, leave_distributed
-from asyncrl.learner.model import load_policy
+from asyncrl.learner.lora_config import LoraConfig
+from asyncrl.learner.model import load_policy, trained_parameters
 from asyncrl.learner.optimizer import adamw
+from asyncrl.learner.rows import assemble, rows_of
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
 from asyncrl.recipes.model_sizes import ModelConfigError, read_shape, shape_of
-from asyncrl.recipes.plan_memory import CHUNK_BYTES, MASTER_BYTES, learner_memory
+from asyncrl.recipes.plan_facts import PlanError
+from asyncrl.recipes.plan_lora import TRAINED_BYTES, adapter_parameters
+from asyncrl.recipes.plan_memory import CHUNK_BYTES, learner_memory
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151936}
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": False}
@@ -106,27 +111,58 @@ def test_weight_bytes_are_those_of_the_file(folder):
     assert read_shape(folder / "config.json").parameters == shape.parameters
 
 
-def test_the_learners_state_is_that_of_a_real_step(folder):
-    """Masters, gradients and moments of the FSDP2 policy with AdamW, as the learner makes them."""
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        LoraConfig(rank=4),
+        LoraConfig(rank=4, target_modules=["v_proj"]),
+        LoraConfig(rank=4, quantise="nf4"),
+    ],
+)
+def test_the_learners_state_is_that_of_a_real_step(folder, lora):
+    """Masters, gradients and moments of the FSDP2 policy with AdamW, as the learner makes them, and a frozen base."""
     mesh = init_distributed(0, 1, "", "cpu", 60.0)
     try:
-        policy = load_policy(folder, mesh, "bfloat16")
-        optimizer = adamw(policy.parameters(), (0.9, 0.95), 0.0)
-        out = policy(
-            torch.zeros(2, 8, dtype=torch.long), torch.arange(16), torch.ones(16, dtype=torch.long), 1.0
-        )
-        out.sum().backward()
+        policy = load_policy(folder, mesh, "bfloat16", lora)
+        trained = trained_parameters(policy).values()
+        optimizer = adamw(trained, (0.9, 0.95), 0.0)
+        part = assemble(rows_of([([0, 1], [2, 3, 4]), ([5], [6, 7])]), np.arange(2))
+        policy(part, 1.0).sum().backward()
         optimizer.step()
-        parameters = list(policy.parameters())
-        held = [*parameters, *(p.grad for p in parameters)]
+        held = [*policy.parameters(), *(p.grad for p in trained)]
         held += [v for state in optimizer.state.values() for v in state.values() if v.ndim]
         measured = sum(t.numel() * t.element_size() for t in held)
     finally:
         leave_distributed()
     shape = read_shape(folder)
-    assert measured == MASTER_BYTES * shape.parameters
-    assert learner_memory(shape, "bfloat16", 1, 16, 0.0).state_bytes == measured
+    assert learner_memory(shape, "bfloat16", 1, 16, 0.0, lora).state_bytes == measured
     assert CHUNK_BYTES == logprobs.CHUNK_BYTES
+    if lora is None:
+        assert measured == TRAINED_BYTES * shape.parameters
+    else:
+        assert adapter_parameters(shape, lora) == sum(p.numel() for p in trained)
+
+
+def test_adapters_take_a_fraction_of_the_memory():
+    """Qwen2.5-7B in bfloat16: the sums written out."""
+    shape = shape_of(
+        {**QWEN, **sizes(3584, 18944, 28, 28, 4), "tie_word_embeddings": False, "dtype": "bfloat16"}, "7B"
+    )
+    sides = 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert adapter_parameters(shape, LoraConfig(rank=16)) == 16 * sides
+    full, lora, qlora = (
+        learner_memory(shape, "bfloat16", 1, 1024, 0.0, each)
+        for each in (None, LoraConfig(rank=16), LoraConfig(rank=16, quantise="nf4"))
+    )
+    assert full.state_bytes == pytest.approx(121.9e9, rel=0.01)
+    assert lora.state_bytes == pytest.approx(2 * shape.parameters + 16 * 16 * sides)
+    assert (
+        qlora.state_bytes < 0.42 * lora.state_bytes
+        and qlora.total_bytes < lora.total_bytes < full.total_bytes
+    )
+    with pytest.raises(PlanError, match=r"qproj is no linear layer .* which have down_proj, gate_proj"):
+        learner_memory(shape, "bfloat16", 1, 1024, 0.0, LoraConfig(target_modules=["qproj"]))
 
 
 def saved_bytes(model, rows, length):

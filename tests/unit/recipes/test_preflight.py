@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.learner.tiny_model import character_tokenizer
+from asyncrl.learner.tiny_model import character_tokenizer, new_model
 from asyncrl.recipes import load_recipe
 from asyncrl.recipes.model_folder import ModelFolderError, inspect_model
+from asyncrl.recipes.model_sizes import read_shape
 from asyncrl.recipes.preflight import preflight
+from asyncrl.recipes.reward_checks import reward_model_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -56,6 +58,60 @@ def test_a_sound_recipe_has_no_problem_and_knows_the_model(tmp_path):
 )
 def test_each_lack_is_named(tmp_path, overrides, words):
     assert any(words in problem for problem in found(tmp_path, *overrides))
+
+
+def write_judge(folder, architecture="Qwen2ForSequenceClassification", template=True, **config):
+    write_model(folder)
+    config = {"architectures": [architecture], "max_position_embeddings": 128} | config
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{{ messages }}"} if template else {})
+    )
+    return folder
+
+
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "serving", "words"),
+    [
+        (ONE_LABEL, "", ""),
+        ({"num_labels": 1}, "", ""),
+        ({}, "", "has 2 labels, and a reward is one number"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "", "has 3 labels"),
+        (
+            ONE_LABEL | {"architecture": "Qwen2ForCausalLM"},
+            "",
+            "is a Qwen2ForCausalLM, and a reward model is",
+        ),
+        (ONE_LABEL | {"template": False}, "", "has no chat template, and serving.chat_template is true"),
+        (ONE_LABEL | {"template": False}, ", chat_template = false", ""),
+    ],
+)
+def test_the_folder_of_a_reward_model_is_looked_into(tmp_path, config, serving, words):
+    judge = write_judge(tmp_path / "judge", **config)
+    term = f'rewards.terms=[{{ model = "{judge}", serving = {{ device = "cpu"{serving} }} }}]'
+    problems = found(tmp_path, term)
+    assert len(problems) == bool(words) and words in "".join(problems)
+    assert not problems or problems[0].startswith(f"rewards.terms[0].model = '{judge}'")
+
+
+def test_a_reward_model_that_reads_less_than_is_written_is_noted(tmp_path):
+    judge = write_judge(tmp_path / "judge", **ONE_LABEL)
+    model = write_model(tmp_path / "model")
+    term = f'rewards.terms=[{{ model = "{judge}", serving = {{ device = "cpu" }} }}]'
+    result = preflight(load_recipe(ROOT / "recipes" / "quickstart.toml", [f"model.path={model}", term]))
+    assert any("rewards.terms[0].model was made for 128 tokens" in note for note in result.notes)
+
+
+def test_each_engine_s_copy_of_a_reward_model_needs_room(tmp_path):
+    judge = write_judge(tmp_path / "judge", **ONE_LABEL)
+    term = f'rewards.terms=[{{ model = "{judge}", serving = {{ device = "cpu", dtype = "float32" }} }}]'
+    overrides = [f"model.path={write_model(tmp_path / 'model')}", term, "pools.0.engines=3"]
+    assert reward_model_bytes(load_recipe(ROOT / "recipes" / "quickstart.toml", overrides)) == 3 * 4 * 128
+    gone = found(tmp_path, f'rewards.terms=[{{ model = "{tmp_path}/none", serving = {{ device = "cpu" }} }}]')
+    assert len(gone) == 1 and "is no model folder" in gone[0]
 
 
 def test_a_run_needs_room_for_the_engines_that_it_begins_with(tmp_path):
@@ -164,3 +220,23 @@ def test_a_bad_recipe_ends_with_exit_code_2_before_anything_starts(tmp_path):
         done = asyncrl(command, "recipes/quickstart.toml", "--set", "run.steps=0", "--set", "pools.0.cores=x")
         assert done.returncode == 2
         assert "2 problems" in done.stderr and "run.steps = 0" in done.stderr
+
+
+def test_layers_for_adapters_are_looked_up_in_the_folder(tmp_path):
+    assert found(tmp_path, 'learner.lora={ target_modules = ["q_proj"] }') == [
+        "learner.lora.target_modules = ['q_proj']: q_proj is no linear layer of the model's decoder layers, which have : name some "
+        'of these, or "all-linear"'
+    ]
+    model = tiny_folder(tmp_path / "real")
+    linears = inspect_model(model).linears
+    assert {name: (layer.sides, layer.parameters) for name, layer in linears.items()} == {
+        name: (layer.sides, layer.parameters) for name, layer in read_shape(model).linears.items()
+    }
+    assert sorted(linears) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def tiny_folder(folder):
+    tokenizer = character_tokenizer("0123456789+=;")
+    tokenizer.save_pretrained(folder)
+    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=128, seed=3).save_pretrained(folder)
+    return folder

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from asyncrl.generators.estimates import over_prompts
 from asyncrl.runtime.facts import (
     ENGINES_WAIT,
     EVALUATION,
@@ -18,6 +19,7 @@ from asyncrl.runtime.facts import (
     EngineFacts,
     Evaluation,
     Fact,
+    HeldOut,
     Snapshot,
     StepFacts,
 )
@@ -127,6 +129,7 @@ def make_snapshot(
         else "starting",
         "learner_tokens_per_s": noise.gauss(4200, 150) if serving else 0.0,
         "engine_tokens_per_s": sum(engine.tokens_per_s for engine in engines),
+        "held_out": HeldOut(wanted=True, step=0, accuracy=0.551, standard_error=0.031),
         "waits": {
             LEARNER_WAITS: since * (0.36 + 0.05 * math.sin(seconds / 20)),
             ENGINES_WAIT: since * 0.06,
@@ -136,12 +139,33 @@ def make_snapshot(
     return Snapshot(**(facts | changes))  # type: ignore[arg-type]
 
 
+def make_evaluation(step: int, correct: int, prompts: int, **changes: object) -> Evaluation:
+    """One answer to each of so many prompts, so many of them right; `changes` replace fields."""
+    right = [float(i < correct) for i in range(prompts)]
+    facts: dict[str, object] = {
+        "seconds": float(step),
+        "step": step,
+        "version": step,
+        "oldest_version": step,
+        "answers_over_versions": 0,
+        "prompts": prompts,
+        "rollouts_per_prompt": 1,
+        "accuracy": over_prompts(right),
+        "reward": over_prompts(right),
+        "tokens": over_prompts([20.0] * prompts),
+        "truncated": over_prompts([0.0] * prompts),
+        "failed": 0,
+        "took_s": 3.0,
+    }
+    return Evaluation(**(facts | changes))  # type: ignore[arg-type]
+
+
 def make_run(steps: int = 60) -> list[Fact]:
     """All facts of a run of `steps` steps in the order of time, held-out evaluations before and after included."""
     facts: list[Fact] = [
         make_snapshot(float(second), step=0, steps=steps, phase="engine start") for second in range(36)
     ]
-    facts.append(Evaluation(seconds=39.0, step=0, version=0, correct=141, prompts=256))
+    facts.append(make_evaluation(0, 141, 256, seconds=39.0))
     second = 40.0
     for step in range(1, steps + 1):
         done = make_step(step)
@@ -150,7 +174,7 @@ def make_run(steps: int = 60) -> list[Fact]:
             second += 1.0
         facts.append(done)
     last = make_snapshot(second, step=steps, steps=steps)
-    facts.append(Evaluation(seconds=second + 6, step=steps, version=steps, correct=247, prompts=256))
+    facts.append(make_evaluation(steps, 247, 256, seconds=second + 6))
     facts.append(make_snapshot(second + 7, step=steps, steps=steps, phase=EVALUATION, buffer=last.buffer))
     return facts
 
@@ -158,6 +182,11 @@ def make_run(steps: int = 60) -> list[Fact]:
 @pytest.fixture
 def step_facts() -> Callable[..., StepFacts]:
     return make_step
+
+
+@pytest.fixture
+def evaluation_facts() -> Callable[..., Evaluation]:
+    return make_evaluation
 
 
 @pytest.fixture

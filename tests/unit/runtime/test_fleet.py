@@ -4,22 +4,27 @@ Ray's own part (rooms, real deaths) is in tests/e2e; here every schedule is exac
 """
 
 import asyncio
+import functools
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from asyncrl.generators.config import PoolConfig
-from asyncrl.generators.evaluation import Evaluation
+from asyncrl.generators.evaluation import HeldOutAnswer
+from asyncrl.generators.evaluation_config import EvaluationConfig
 from asyncrl.recipes import load_recipe
 from asyncrl.runtime import deaths, engine_keeper, fleet
 from asyncrl.runtime.facts import EngineFacts
-from asyncrl.runtime.held_out import evaluate
+from asyncrl.runtime.held_out import ask
 from asyncrl.runtime.placement import PlacementError
 from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.runtime.watch import PartFailed, Watch
 
 ROOT = Path(__file__).resolve().parents[3]
+ANSWER = functools.partial(
+    HeldOutAnswer, reward=1.0, tokens=1, truncated=False, oldest_version=0, newest_version=0
+)
 BROKEN = RayTaskError("start", "Traceback: it is broken", ValueError("broken"))
 
 
@@ -41,6 +46,7 @@ class Actor:
         self.stopped = asyncio.Event()
         self.update_fails = asyncio.Event()
         """A weight update finds the engine's core dead, a moment before the dispatcher does."""
+        self.asked = []
         self.dispatches, self.slots, self.shut, self.handed_in = 0, None, False, False
 
     def __getattr__(self, name):
@@ -89,9 +95,12 @@ class Actor:
     async def do_set_concurrency(self, slots):
         self.slots = slots
 
-    async def do_evaluate(self, prompts, label):
+    async def do_evaluate(self, prompts, asking, timeout_s):
+        self.asked.append(asking)
+        assert 0 < timeout_s <= 60
         await self._or_end(asyncio.sleep(0.01))
-        return Evaluation(version=0, rewards=[1.0] * len(prompts), lengths=[1] * len(prompts))
+        said = [f"{prompt} by {self.engine_id}" for prompt in prompts]
+        return [[ANSWER(final=final)] * asking.rollouts_per_prompt for final in said]
 
     async def do_status(self):
         return EngineFacts(
@@ -387,14 +396,37 @@ def test_handing_back_ends_a_dispatch_that_is_about_to_begin(run):
     run(test)
 
 
+def held_out(timeout_s):
+    return EvaluationConfig(source="sums:test", timeout_s=timeout_s, slots_per_engine=3)
+
+
+def test_engines_without_rollouts_give_all_they_have_and_a_late_one_ends_at_the_deadline(run):
+    async def test(world):
+        await world.begin()
+        world.fleet.dispatching.clear()
+        await ask(world.fleet, [1], held_out(5.0), 8, "0")
+        ((asked,),) = [actor.asked for actor in world.actors.values() if actor.asked]
+        assert (asked.slots, asked.max_new_tokens) == (256, 8)
+        for actor in world.actors.values():
+            actor.do_evaluate = lambda *_: asyncio.sleep(60)
+        with pytest.raises(PartFailed, match=r"not done within 0 s .*: 0 of 2 prompts"):
+            await ask(world.fleet, [1, 2], held_out(0.05), 8, "1")
+
+    run(test)
+
+
 def test_what_a_dying_engine_leaves_of_an_evaluation_goes_to_the_others(run):
     async def test(world):
         await world.begin()
-        asking = asyncio.create_task(evaluate(world.fleet, list(range(9)), "0", 5.0))
+        asking = asyncio.create_task(ask(world.fleet, list(range(9)), held_out(5.0), 8, "0"))
         await asyncio.sleep(0)
         world.kill("p-0")
         found = await asking
-        assert sum(len(part.rewards) for part in found) == 9
+        assert [row[0].final.split()[0] for row in found] == [str(i) for i in range(9)]
+        assert {row[0].final.split()[2] for row in found} >= {"p-1"}
+        labels = [asked.label for actor in world.actors.values() for asked in actor.asked]
+        assert labels.count("0.1") == 2 and "0.2" in labels  # a request's id is never used again
+        assert all(a.slots == 3 for actor in world.actors.values() for a in actor.asked)
 
     run(test)
 
@@ -404,12 +436,13 @@ def test_an_evaluation_waits_for_the_next_engine_and_asks_for_nothing_twice(run)
 
     async def test(world):
         await world.begin()
-        asking = asyncio.create_task(evaluate(world.fleet, list(range(9)), "0", 20.0))
+        asking = asyncio.create_task(ask(world.fleet, list(range(9)), held_out(20.0), 8, "0"))
         await asyncio.sleep(0)
         world.kill("p-0")
         await asyncio.sleep(0.05)  # p-1 has answered
         world.kill("p-1")
         found = await asking
-        assert sum(len(part.rewards) for part in found) == 9
+        assert [row[0].final.split()[0] for row in found] == [str(i) for i in range(9)]
+        assert {row[0].final.split()[2] for row in found} & {"p-0.2", "p-1.2"}
 
     run(test, PoolConfig(name="p", engines=2, engine="fake", max_deaths=5), again_s=1.5)

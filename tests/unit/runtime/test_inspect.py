@@ -168,6 +168,27 @@ def test_one_group(run, capsys):
     assert [r["rollout_id"] for r in found["rollouts"]] == [5, 6, 7] and found["reward_mean"] is None
 
 
+def test_a_baseline_is_marked_and_its_reward_is_not_in_the_mean(run, capsys):
+    _, log = run
+    log.admit(9, [20, 21], greedy_id=20, tokens=ids("1+3="), question="1+3=")
+    for rollout_id, reward, cost in ((20, 0.0, 0.0), (21, 1.0, 0.25)):
+        about = {"group_id": 9, "lease_id": rollout_id, "engine_id": "a-0"}
+        log.state(rollout_id, "LEASED", **about)
+        log.segment(rollout_id, 0, ids("4$"), finish="stop", lease_id=rollout_id)
+        log.state(rollout_id, "COMPLETE", reason="stop", **about)
+        log.state(rollout_id, "SCORED", reward=reward, cost=cost, **about)
+    lines = lines_of(asked(capsys, "sums", "--group", "9")[1])
+    assert "reward mean 1.000, standard deviation 0.000" in lines
+    assert "20 scored 0.000 greedy 2 0x2 4" in lines and "21 scored 1.000 cost 0.250 2 0x2 4" in lines
+    lines = lines_of(asked(capsys, "sums", "--rollout", "20")[1])
+    assert "rollout 20 of group 9, its greedy baseline" in lines
+    assert "reward 1 cost 0.25" in lines_of(asked(capsys, "sums", "--rollout", "21")[1])
+    whole = json.loads(asked(capsys, "sums", "--json")[1])
+    assert (
+        sum(stretch["rollouts"] for stretch in whole["by_version"]) == 3
+    )  # of the four that are scored, not the baseline
+
+
 def test_sql_over_the_four_tables(run, capsys):
     query = "select rollout_id, prompt, answer, reward from rollouts where reward is not null order by all"
     code, out, errors = asked(capsys, "sums", "--sql", query)

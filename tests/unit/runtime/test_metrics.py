@@ -11,9 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncrl.generators.estimates import Estimate
 from asyncrl.recipes.telemetry_config import TelemetryConfig
-from asyncrl.runtime.facts import BufferFacts, Evaluation, StepFacts
-from asyncrl.runtime.metrics import MetricsError, MetricsLog, open_metrics, read_facts, scalars
+from asyncrl.runtime.facts import BufferFacts, EvaluationMissed, StepFacts
+from asyncrl.runtime.metrics import (
+    MetricsError,
+    MetricsLog,
+    last_seconds,
+    open_metrics,
+    read_facts,
+    scalars,
+)
 
 
 class Recorder:
@@ -38,13 +46,15 @@ def test_facts_are_read_as_they_were_written(tmp_path, run_facts):
     assert list(read_facts(tmp_path / "metrics.jsonl")) == facts
 
 
-def test_every_line_names_its_kind_and_is_there_at_once(tmp_path, step_facts, snapshot_facts):
+def test_every_line_names_its_kind_and_is_there_at_once(
+    tmp_path, step_facts, snapshot_facts, evaluation_facts
+):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.write(step_facts(1))
     assert json.loads(path.read_text())["kind"] == "step"
     log.write(snapshot_facts(41.0, step=1))
-    log.write(Evaluation(seconds=42.0, step=1, version=1, correct=3, prompts=4))
+    log.write(evaluation_facts(1, 3, 4))
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
         "step",
         "snapshot",
@@ -117,15 +127,27 @@ def test_a_run_that_raises_is_marked_failed(tmp_path):
     assert mirror.exit_codes == [1]
 
 
-def test_scalars_are_flat_numbers_under_the_kind_of_fact(step_facts, snapshot_facts):
+def test_evaluations_come_back_as_they_were_written(tmp_path, evaluation_facts):
+    by_k = {1: Estimate(0.5, 0.1), 8: Estimate(0.9, 0.05)}
+    facts = [
+        evaluation_facts(4, 3, 8, rollouts_per_prompt=8, pass_at=by_k, maj_at=by_k),
+        EvaluationMissed(seconds=5.0, step=6, version=6, reason="the one before was still under way"),
+    ]
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for fact in facts:
+            log.write(fact)
+    assert list(read_facts(tmp_path / "metrics.jsonl")) == facts
+
+
+def test_scalars_are_flat_numbers_under_the_kind_of_fact(step_facts, snapshot_facts, evaluation_facts):
     step = scalars(step_facts(7, reward_mean=0.25))
     assert step["train/reward_mean"] == 0.25 and step["train/learner/entropy"] > 0
     buffer = BufferFacts(queued=3, dropped={"over_stale": 2})
     now = scalars(snapshot_facts(50.0, step=3, buffer=buffer))
     assert now["now/buffer/queued"] == 3 and now["now/buffer/dropped/over_stale"] == 2
     assert now["now/slots_used"] > 0 and "now/phase" not in now
-    held_out = scalars(Evaluation(seconds=1.0, step=0, version=0, correct=3, prompts=4))
-    assert held_out["held_out/accuracy"] == 0.75
+    held_out = scalars(evaluation_facts(0, 3, 4, pass_at={2: Estimate(0.9, 0.1)}))
+    assert held_out["held_out/accuracy/value"] == 0.75 and held_out["held_out/pass_at/2/value"] == 0.9
     for flat in (step, now, held_out):
         assert all(isinstance(value, int | float) for value in flat.values())
 
@@ -168,3 +190,19 @@ def test_telemetry_is_off_unless_asked_for():
     assert TelemetryConfig().wandb == "off"
     with pytest.raises(msgspec.ValidationError, match="wandb_mode"):
         msgspec.convert({"wandb_mode": "online"}, TelemetryConfig)
+
+
+def test_a_run_that_goes_on_counts_on_from_its_last_fact(tmp_path, step_facts):
+    path = tmp_path / "metrics.jsonl"
+    assert last_seconds(path) == 0.0
+    path.touch()
+    assert last_seconds(path) == 0.0
+    with MetricsLog(path) as log:
+        log.write(step_facts(1, seconds=3.5))
+    assert last_seconds(path) == 3.5
+    with MetricsLog(path) as log:
+        for step in range(2, 400):  # more than is read at once
+            log.write(step_facts(step, seconds=float(step)))
+    with path.open("ab") as file:
+        file.write(b'{"kind":"step","seconds":9999')  # torn
+    assert last_seconds(path) == 399.0

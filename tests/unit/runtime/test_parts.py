@@ -38,6 +38,8 @@ def batch(versions, trainable):
             list_array(versions, TOKENS),
             list_array([np.array(t, bool) for t in trainable], FLAGS),
             pa.array([0.0] * count, pa.float32()),
+            pa.array([0.0] * count, pa.float32()),
+            pa.array([False] * count, pa.bool_()),
             pa.array(["stop"] * count, pa.string()),
         ],
         schema=BATCH,
@@ -138,10 +140,10 @@ def test_orphans_and_stubborn_processes_are_ended():
 
 def test_facts_survive_the_way_through_metrics(tmp_path):
     """What the observer writes, the summary reads: one whole step by way of the file."""
-    from asyncrl.runtime.facts import Evaluation
+    from asyncrl.runtime.facts import EvaluationMissed
     from asyncrl.runtime.metrics import MetricsLog, read_facts
 
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        log.write(Evaluation(seconds=1.0, step=0, version=0, correct=3, prompts=4))
+        log.write(EvaluationMissed(seconds=1.0, step=4, version=3, reason="late"))
     (fact,) = read_facts(tmp_path / "metrics.jsonl")
-    assert msgspec.structs.asdict(fact)["correct"] == 3
+    assert msgspec.structs.asdict(fact)["reason"] == "late"

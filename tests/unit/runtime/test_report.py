@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.runtime.facts import Evaluation, StepFacts
+from asyncrl.runtime.facts import StepFacts
 from asyncrl.runtime.metrics import MetricsError, MetricsLog
 from asyncrl.runtime.report import MOST_POINTS, draw_report, headline, load, write_report
 from asyncrl.runtime.report_panels import Recorded, SnapshotPoint, smooth, spread, wait_series
@@ -93,9 +93,9 @@ def test_a_run_without_a_step_is_drawn(tmp_path, run_facts, ended):
     assert ink(tmp_path / "report.png") > 0.001
 
 
-def test_one_step_one_evaluation_and_numbers_that_are_not_finite(tmp_path, step_facts):
+def test_one_step_one_evaluation_and_numbers_that_are_not_finite(tmp_path, step_facts, evaluation_facts):
     facts = [
-        Evaluation(seconds=1.0, step=0, version=0, correct=0, prompts=0),
+        evaluation_facts(0, 0, 1),
         step_facts(
             1, reward_mean=math.nan, loss=math.nan, mismatch_max=math.nan, learner_tokens_per_s=math.nan
         ),

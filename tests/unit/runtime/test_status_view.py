@@ -12,7 +12,7 @@ from rich.console import Console
 
 from asyncrl.runtime.control import RunStatus
 from asyncrl.runtime.engines_table import STATE_STYLES
-from asyncrl.runtime.facts import BufferFacts, EngineFacts, PoolFacts, Snapshot
+from asyncrl.runtime.facts import BufferFacts, EngineFacts, HeldOut, PoolFacts, Snapshot
 from asyncrl.runtime.status_view import draw_status
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "control.md"
@@ -244,3 +244,16 @@ def test_every_status_fits_its_width(found, width):
     assert all(len(line) <= width for line in lines)
     for facts in found:
         assert any(line.startswith(facts.engine_id) for line in lines)
+
+
+def test_held_out_results_are_shown_where_some_are_wanted():
+    def line(**changes):
+        (found,) = [row for row in drawn(run(held_out=HeldOut(**changes)), 120) if row.startswith("held out")]
+        return found.removeprefix("held out").strip()
+
+    assert line(wanted=True) == "nothing yet"
+    assert line(wanted=True, under_way_step=0) == "that of step 0 is under way"
+    result = {"step": 20, "accuracy": 0.7124, "standard_error": 0.0201}
+    assert line(wanted=True, **result) == "accuracy 0.712 +- 0.020 at step 20"
+    assert line(wanted=True, under_way_step=40, **result).endswith("at step 20; that of step 40 is under way")
+    assert not [row for row in drawn(run(), 120) if "held out" in row]

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from asyncrl.runtime.facts import LEARNER_WAITS, BufferFacts, Evaluation, Snapshot, StepFacts
+from asyncrl.generators.estimates import Estimate, over_prompts
+from asyncrl.runtime.facts import LEARNER_WAITS, BufferFacts, EvaluationMissed, Snapshot, StepFacts
 from asyncrl.runtime.summary import (
     Conservation,
     RunIdentity,
     Spread,
     Summary,
+    accuracy_interval,
     conservation,
     read_summary,
     summarise,
@@ -128,16 +130,46 @@ def test_steps_without_a_measured_mismatch_are_left_out_and_nan_is_not_hidden(st
     assert "NOT FINITE in 1 steps" in shown(summary_of([sound, broken]), terminal=False)
 
 
-def test_before_is_the_first_evaluation_at_step_0_and_after_the_last_later_one():
+def test_before_is_the_first_evaluation_at_step_0_and_after_the_last_later_one(evaluation_facts):
     def evaluation(step, correct):
-        return Evaluation(seconds=float(step), step=step, version=step, correct=correct, prompts=10)
+        return evaluation_facts(step, correct, 10)
 
     only_before = summary_of([evaluation(0, 4)])
     assert only_before.held_out_before is not None and only_before.held_out_after is None
     several = summary_of([evaluation(0, 4), evaluation(5, 6), evaluation(9, 8)])
     assert several.held_out_after is not None and several.held_out_after.accuracy == 0.8
-    nothing_held_out = summary_of([Evaluation(seconds=0.0, step=0, version=0, correct=0, prompts=0)])
-    assert nothing_held_out.held_out_before is None
+    missed = EvaluationMissed(seconds=7.0, step=7, version=7, reason="late")
+    with_missed = summary_of([evaluation(0, 4), evaluation(5, 6), missed])
+    assert (several.evaluations, several.evaluations_missed) == (3, 0)
+    assert (with_missed.evaluations, with_missed.evaluations_missed) == (2, 1)
+    assert "2, and 1 that came to nothing" in shown(with_missed, terminal=False)
+    assert with_missed.held_out_after is not None and with_missed.held_out_after.step == 5
+
+
+def test_several_answers_to_a_prompt_are_told_with_their_k(evaluation_facts):
+    by_k = {4: Estimate(0.75, 0.1)}
+    fact = evaluation_facts(
+        0, 5, 10, rollouts_per_prompt=4, pass_at=by_k, maj_at=by_k, version=3, oldest_version=2, failed=2
+    )
+    text = shown(summary_of([fact]), terminal=False, width=300)
+    for said in ("10 prompts x 4", "versions 2 to 3", "pass@4 0.750", "maj@4 0.750", "2 answers could not"):
+        assert said in text, text
+
+
+@pytest.mark.parametrize(
+    ("spread", "draws"),
+    [
+        (0.5, 10),  # the answers to a prompt are all alike: as many draws as prompts
+        (0.4, 14.0625),  # 0.25 / (0.16 / 9)
+        (0.25, 36),
+        (0.1, 40),  # never more than answers
+        (0.0, 10),  # that no spread was found does not say that there is none
+    ],
+)
+def test_the_interval_of_several_answers_lies_between_prompts_and_answers(evaluation_facts, spread, draws):
+    rows = [0.5 + spread * (1 if i % 2 else -1) for i in range(10)]
+    fact = evaluation_facts(0, 5, 10, rollouts_per_prompt=4, accuracy=over_prompts(rows))
+    assert accuracy_interval(fact) == pytest.approx(wilson(0.5, draws), abs=1e-9)
 
 
 counts = st.integers(0, 10**6)
@@ -171,14 +203,14 @@ def test_conservation_holds_exactly_when_the_counts_add_up(states, dropped, fail
     ],
 )
 def test_wilson_interval(correct, n, low, high):
-    assert wilson(correct, n) == pytest.approx((low, high), abs=1e-6)
+    assert wilson(correct / n, n) == pytest.approx((low, high), abs=1e-6)
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_contains_the_share_and_its_ends_solve_the_score_equation(case):
     correct, n = case
-    low, high = wilson(correct, n)
     share = correct / n
+    low, high = wilson(share, n)
     assert 0 <= low <= share <= high <= 1
     for end in (low, high):
         if 0 < end < 1:
@@ -187,8 +219,8 @@ def test_wilson_contains_the_share_and_its_ends_solve_the_score_equation(case):
 
 def test_wilson_refuses_more_right_than_there_are():
     assert wilson(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="correct=3, n=2"):
-        wilson(3, 2)
+    with pytest.raises(ValueError, match=r"share=1\.5, n=2"):
+        wilson(1.5, 2)
 
 
 def test_a_summary_is_read_as_it_was_written(tmp_path, run_facts, step_facts):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.weight_sync.plan import ALIGNMENT, DTYPE_BYTES, make_plan
+from asyncrl.weight_sync.plan import ALIGNMENT, DTYPE_BYTES, Adapter, make_plan
+from asyncrl.weight_sync.wire import Offer, Propose, decode_for_engine, encode
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 models = st.lists(st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), shapes), min_size=1, max_size=30).map(
@@ -67,3 +69,13 @@ def test_dtype_sizes_are_those_of_torch(name):
 def test_refuses(specs, bucket_bytes, message):
     with pytest.raises(ValueError, match=message):
         make_plan(specs, bucket_bytes)
+
+
+def test_an_adapter_s_plan_says_so_on_the_wire():
+    adapter = Adapter(rank=4, alpha=6.5)
+    plan = make_plan([("base_model.model.q_proj.lora_A.weight", "float32", (4, 8))], 64, adapter)
+    assert plan.adapter == adapter and make_plan([("q", "float32", (4, 8))], 64).adapter is None
+    offer = Offer(version=0, transport="shm", location="/dev/shm/x", plan=plan, checksums=(1,))
+    sent = encode(Propose(attempt=1, offer=offer, timeout_s=1.0))
+    assert decode_for_engine(sent).offer.plan == plan
+    assert msgspec.convert(msgspec.to_builtins(offer), Offer) == offer
