@@ -21,9 +21,6 @@ import contextlib
 import itertools
 import logging
 import math
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -31,7 +28,8 @@ from typing import Final
 
 from asyncrl.generators.config import RewardModelConfig
 from asyncrl.generators.functions import FunctionError
-from asyncrl.generators.reward_messages import Found, Frames, Load, Loaded, Message, Read, Refused, frame
+from asyncrl.generators.reward_child import CHUNK_BYTES, RewardChild
+from asyncrl.generators.reward_messages import Found, Frames, Message, Read, Refused, frame
 from asyncrl.generators.score import RewardFailed
 from asyncrl.generators.worker_pool import prompt_named
 
@@ -40,8 +38,6 @@ logger = logging.getLogger(__name__)
 MOST_DEATHS: Final = 3
 DEATHS_WITHIN_S: Final = 600.0
 _MOST_ASKED: Final = 1024
-_EXIT_TIMEOUT_S: Final = 5.0
-_CHUNK_BYTES: Final = 2**20
 
 
 class RewardModelDead(RuntimeError):
@@ -56,64 +52,6 @@ class _Asked:
     """When the present process was asked."""
     deaths: int = 0
     """Of processes that had it."""
-
-
-class _Process:
-    """One process and the socket to it."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            module = "asyncrl.generators.reward_model_process"
-            command = [sys.executable, "-P", "-m", module, str(theirs.fileno())]
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        self.connection = ours
-        self.spoke = time.monotonic()
-        """When it last said something."""
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    def load(self, folder: str, config: RewardModelConfig) -> None:
-        """Waits until it can read answers. Raises `FunctionError` where it cannot."""
-        self.connection.settimeout(config.start_timeout_s)
-        frames = Frames()
-        try:
-            self.connection.sendall(frame(Load(folder, config)))
-            found: list[Message] = []
-            # Waits for the model to be loaded; ends with the process' word, its death, or the socket's timeout.
-            while not found:
-                data = self.connection.recv(_CHUNK_BYTES)
-                if not data:
-                    raise EOFError("it closed the socket")
-                found = frames.add(data)
-        except (EOFError, OSError) as error:
-            raise FunctionError(
-                f"the process of reward model {folder!r} did not come up ({self.end()} after {error!r}); what it printed above "
-                "says why"
-            ) from error
-        (loaded,) = found
-        assert isinstance(loaded, Loaded)
-        if loaded.problem:
-            self.end()
-            raise FunctionError(loaded.problem)
-        self.connection.setblocking(False)
-
-    def kill(self) -> None:
-        self._child.kill()
-
-    def end(self) -> str:
-        """Makes sure that it is gone, and says how it went."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
-        try:
-            code = self._child.wait(_EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            code = self._child.wait(_EXIT_TIMEOUT_S)
-        return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
 class RewardModel:
@@ -131,7 +69,7 @@ class RewardModel:
         self._talking: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
         """To the present process; None while there is none that can read."""
-        self._process = _Process()
+        self._process = RewardChild()
         self._process.load(folder, config)
 
     def pids(self) -> list[int]:
@@ -212,7 +150,7 @@ class RewardModel:
             self._send(asked, self._writer)
         frames = Frames()
         try:
-            while data := await reader.read(_CHUNK_BYTES):
+            while data := await reader.read(CHUNK_BYTES):
                 for message in frames.add(data):
                     self._take(message)
         except (EOFError, ConnectionError) as error:
@@ -251,7 +189,7 @@ class RewardModel:
                 )
                 return
             logger.error("reward model %s is started again: %s", self._folder, cause)
-            self._process = _Process()
+            self._process = RewardChild()
             try:
                 await asyncio.to_thread(self._process.load, self._folder, self._config)
                 return

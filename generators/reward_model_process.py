@@ -77,7 +77,8 @@ class _Desk:
 
     def read(self, indices: list[int]) -> None:
         chosen = [self.waiting[i] for i in indices]
-        self.waiting = [one for i, one in enumerate(self.waiting) if i not in set(indices)]
+        taken = set(indices)
+        self.waiting = [one for i, one in enumerate(self.waiting) if i not in taken]
         for (_, number, _), value in zip(
             chosen, self._classifier.score([tokens for _, _, tokens in chosen]), strict=True
         ):

@@ -62,7 +62,7 @@ class Checkpoints:
         self._group: dist.ProcessGroup | None = None
         self._host: dict[str, torch.Tensor] = {}
         """By name: the copies that are being written, reused from one checkpoint to the next."""
-        self._writing: concurrent.futures.Future[Path] | None = None
+        self._writing: tuple[Path, concurrent.futures.Future[None]] | None = None
         self._last: Path | None = None
 
     def write(self, folder: Path, extra: Mapping[str, Any]) -> None:
@@ -71,13 +71,9 @@ class Checkpoints:
         Waits for the checkpoint before, and raises `CheckpointFailed` if that failed, or if this one cannot begin. `extra` goes
         into the manifest: what JSON has.
         """
-        self.finished(self._timeout_s)
-        if self._writing is not None:
-            raise CheckpointFailed(
-                f"checkpoint {folder} cannot begin: the one before is still being written after {self._timeout_s:g} s. "
-                "Is the disk that slow?"
-            )
-        self._begin(folder)
+        error = self._begin(folder)
+        if not self._all_well(error is None):
+            raise error or CheckpointFailed(f"checkpoint {folder} cannot begin: see the other ranks")
         if self._ranks > 1 and self._group is None:
             timeout = datetime.timedelta(seconds=self._timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
@@ -90,19 +86,20 @@ class Checkpoints:
             extra=dict(extra),
             files=[],
         )
-        self._writing = self._writer.submit(self._write, folder, shards, manifest)
+        self._writing = folder, self._writer.submit(self._write, folder, shards, manifest)
 
     def finished(self, timeout_s: float) -> Path | None:
         """The last checkpoint that is whole, after waiting up to `timeout_s` for the one under way. On any rank, by itself.
 
         Raises `CheckpointFailed` once for one that failed.
         """
-        if self._writing is not None and concurrent.futures.wait([self._writing], timeout_s).done:
-            done, self._writing = self._writing, None
+        if self._writing is not None and concurrent.futures.wait([self._writing[1]], timeout_s).done:
+            (folder, done), self._writing = self._writing, None
             try:
-                self._last = done.result()
-            except RuntimeError as error:  # also what gloo raises when a rank does not come
-                raise CheckpointFailed(f"a checkpoint was not written: {error}") from error
+                done.result()
+            except (OSError, RuntimeError) as error:  # of the latter also gloo's, when a rank does not come
+                raise CheckpointFailed(f"checkpoint {folder} was not written: {error}") from error
+            self._last = folder
         return self._last
 
     def restore(self, folder: Path) -> dict[str, Any]:
@@ -118,7 +115,7 @@ class Checkpoints:
                     f"checkpoint {folder} has {', '.join(manifest.steps_taken)}, the recipe trains {', '.join(self._trained)}: "
                     "use the objective that it was written with"
                 )
-        except BrokenCheckpoint as error:
+        except (BrokenCheckpoint, OSError) as error:
             wrong = str(error)
         if not self._all_well(not wrong) or manifest is None:
             raise BrokenCheckpoint(wrong or f"checkpoint {folder} is broken, another rank found")
@@ -136,15 +133,22 @@ class Checkpoints:
             logger.error("last checkpoint failed error=%s", error)
         self._writer.shutdown(wait=False)
 
-    def _begin(self, folder: Path) -> None:
-        error: OSError | None = None
-        if self._rank == 0:
-            try:
+    def _begin(self, folder: Path) -> CheckpointFailed | None:
+        """Why this rank cannot."""
+        try:
+            self.finished(self._timeout_s)
+            if self._writing is not None:
+                return CheckpointFailed(
+                    f"checkpoint {folder} cannot begin: the one before is still being written after {self._timeout_s:g} s. "
+                    "Is the disk that slow?"
+                )
+            if self._rank == 0:
                 checkpoint_folder.begin(folder)
-            except OSError as caught:
-                error = caught
-        if not self._all_well(error is None):
-            raise CheckpointFailed(f"checkpoint {folder} cannot begin: {error or 'see rank 0'}") from error
+        except CheckpointFailed as error:
+            return error
+        except OSError as error:
+            return CheckpointFailed(f"checkpoint {folder} cannot begin: {error}")
+        return None
 
     def _copied(self, shards: list[Shard]) -> list[Shard]:
         """The shards, in host memory of our own."""
@@ -159,7 +163,7 @@ class Checkpoints:
             torch.cuda.synchronize(self._device)
         return [Shard(shard.name, shard.offsets, self._host[shard.name]) for shard in shards]
 
-    def _write(self, folder: Path, shards: list[Shard], manifest: Manifest) -> Path:
+    def _write(self, folder: Path, shards: list[Shard], manifest: Manifest) -> None:
         """In the thread. Waits for the disk, and twice for the other ranks: for their files, and for rank 0's rename."""
         path, error, entry = partial_of(folder) / f"rank-{self._rank:05}{SUFFIX}", None, None
         try:
@@ -176,9 +180,8 @@ class Checkpoints:
         if not self._all_well(error is None, self._group):
             if self._rank == 0:
                 checkpoint_folder.give_up(folder)
-            raise CheckpointFailed(f"{folder}: {error or 'see the other ranks'}") from error
+            raise error or OSError("another rank could not write its file")
         logger.info("wrote checkpoint folder=%s", folder)
-        return folder
 
     def _all_entries(self, mine: FileEntry | None) -> list[FileEntry | None]:
         """Every rank's file, by rank; None of a rank that wrote none."""

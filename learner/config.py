@@ -79,12 +79,17 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     minibatches_per_step: Positive = 1
     """Optimizer steps per batch; from 2 on the clip acts, as the proximal policy is the one at batch start."""
     tokens_per_microbatch: Positive = 8192
-    """Prompt and answer tokens, padding included, of one forward pass on one rank."""
+    """Prompt and answer tokens of one forward pass on one rank, at most; a rollout that is longer runs alone."""
     dtype: Dtype = "float32"
     """Compute type; masters are always float32."""
     sharding: ShardingConfig = msgspec.field(default_factory=ShardingConfig)
     start_timeout_s: PositiveFloat = 600.0
     step_timeout_s: PositiveFloat = 1800.0
+
+
+def base_is_reference(learner: LearnerConfig) -> bool:
+    """Where a KL is asked for: its reference is the policy's own base with the adapters off, no model beside it."""
+    return learner.lora is not None and not (learner.reference and learner.reference.path)
 
 
 class SFTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,8 +1,7 @@
-"""What a critic is for: generalised advantage estimation, and the losses of PPO and VAPO beside the policy's.
+"""What a critic is for: generalised advantage estimation, and the loss that it learns by.
 
-Plain functions on tensors. Tokens are the sampled ones, rows one after the other: what an environment said in between is a
-part of the state and takes no time. No critic is trained yet: a recipe that needs one is refused (`objective_needs`), and
-who calls these are the tests.
+Plain functions on tensors. Tokens of an estimate are the sampled ones, rows one after the other: what an environment said in
+between is a part of the state and takes no time. Called by `estimation` and `critic_step`.
 """
 
 from __future__ import annotations
@@ -55,13 +54,3 @@ def value_losses(
         return plain / 2
     near = torch.clamp(values, old_values - clip, old_values + clip)
     return torch.maximum(plain, (near - returns).square()) / 2
-
-
-def imitation_loss(current: torch.Tensor, right: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """-mean(log pi) over the trainable tokens of the rollouts that were right: VAPO's positive-example language modelling loss,
-    arXiv:2504.05118, section 4.3. 0 without such a token.
-
-    Args: current [tokens]; right [tokens] bool: the token's rollout was right; mask [tokens] bool.
-    """
-    chosen = right & mask
-    return -torch.where(chosen, current, 0.0).sum() / chosen.sum().clamp(min=1)

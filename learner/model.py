@@ -167,8 +167,10 @@ def _load_adapted(
     from asyncrl.learner.lora import adapt, stored_dtype
 
     blueprint = build(path, attention.NAME, dtype=stored_dtype(path))
+    as_stored = even_length(blueprint.model)  # before bytes stand for weights
     adapted = adapt(blueprint, lora)
     policy = Policy(blueprint.model, lora)
+    policy.even_length = as_stored
     shard(policy, decoder_layers(blueprint.model), mesh, dtype, sharding)
     home = home_of(sharding, this_device(mesh.device_type))
     fill(blueprint, home, original=adapted.original, fresh=adapted.fresh)

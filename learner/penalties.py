@@ -1,7 +1,6 @@
 """What is added to rewards and losses: KL to a reference, overlong punishment, and a cost under constraint. Plain functions.
 
-`overlong_penalty` is called by `objective`. The reference model and the costs are not there yet: recipes that ask for them
-are refused (`objective_needs`), and who calls the others are the tests.
+Called by `estimation`, `objective`, `preparation`, `constraint` and `metrics`.
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ def constrained_advantages(
 ) -> torch.Tensor:
     """(A_reward - multiplier A_cost) / (1 + multiplier): Safe RLHF, Dai et al. 2023, arXiv:2310.12773.
 
-    The division keeps the size of the gradient, whatever the multiplier has grown to. [rows] or [tokens] each.
+    The division keeps the size of the gradient, whatever the multiplier has grown to. [rows] or [tokens] each. Estimators that
+    are linear in the reward may take this of rewards and costs instead: it is the same.
     """
     return (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
 

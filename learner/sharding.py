@@ -48,14 +48,14 @@ def shard(
     # One shard holds every byte anyway: freeing the whole layers after forward would save nothing but a copy.
     resharded = sharding.reshard_after_forward and mesh.size(mesh.ndim - 1) > 1
     for layer in layers:
-        _wrap_forward(layer, sharding)
+        wrap_forward(layer, sharding)
         fully_shard(
             layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=resharded
         )
     fully_shard(root, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
-def _wrap_forward(layer: nn.Module, sharding: ShardingConfig) -> None:
+def wrap_forward(layer: nn.Module, sharding: ShardingConfig) -> None:
     """In place of the layer's method: a module around it would be in every parameter's name. FSDP's hooks stay outside, so that
     what is compiled or computed again sees whole parameters."""
     forward = layer.forward

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from asyncrl.learner.checkpoint import Checkpoints
-from asyncrl.learner.config import CriticConfig, LearnerConfig
+from asyncrl.learner.config import CriticConfig, LearnerConfig, base_is_reference
 from asyncrl.learner.critic import load_critic, outputs_of, trained_critic
 from asyncrl.learner.distributed import init_distributed, leave_distributed, share_table, this_device
 from asyncrl.learner.metrics import StepMetrics
@@ -123,9 +123,9 @@ class Learner:
     def _reference(self, mesh: DeviceMesh) -> Reference | None:
         if "reference model" not in needs_of(self._config.objective).parts:
             return None
-        path = self._config.reference.path if self._config.reference else ""
-        if self._config.lora is not None and not path:
+        if base_is_reference(self._config):
             return BaseOfPolicy(self._policy)
+        path = self._config.reference.path if self._config.reference else ""
         return FrozenModel(path or self._model_path, mesh, self._config.dtype, self._config.sharding)
 
     def _sends_adapter(self) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from asyncrl.learner.config import base_is_reference
+from asyncrl.learner.objective_needs import needs_of
 from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, UnknownGPU, gpu_spec
 from asyncrl.recipes.plan_facts import Efficiency, Misfit, PlanError, Workload
 from asyncrl.recipes.plan_memory import gigabytes
@@ -152,6 +154,7 @@ def workload(recipe: Recipe, mean_tokens: float | None, prompt_tokens: float | N
             f"--prompt-tokens {prompt:g}: expected more than 0 and at most {longest} "
             "(model.max_context_tokens - sampling.max_new_tokens)"
         )
+    needs = needs_of(recipe.learner.objective)
     return Workload(
         prompts_per_step=recipe.prompts.prompts_per_step,
         rollouts_per_prompt=recipe.rollouts_per_group,
@@ -163,6 +166,11 @@ def workload(recipe: Recipe, mean_tokens: float | None, prompt_tokens: float | N
         tokens_per_microbatch=recipe.learner.tokens_per_microbatch,
         memory_fraction=min(pool.memory_fraction for pool in recipe.pools),
         lora=recipe.learner.lora,
+        sharding=recipe.learner.sharding,
+        critic="critic" in needs.parts,
+        reference="reference model" in needs.parts,
+        reference_held="reference model" in needs.parts and not base_is_reference(recipe.learner),
+        early_proximal=needs.early_proximal,
     )
 
 

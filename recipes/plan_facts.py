@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 
 from asyncrl.learner.lora_config import LoraConfig
+from asyncrl.learner.sharding_config import ShardingConfig
 from asyncrl.recipes.plan_lengths import Lengths
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -37,6 +38,15 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_microbatch: int = 8192
     memory_fraction: float = 0.85
     lora: LoraConfig | None = None
+    sharding: ShardingConfig = msgspec.field(default_factory=ShardingConfig)
+    critic: bool = False
+    """A critic of the policy's size trains too."""
+    reference: bool = False
+    """A reference of the policy's size is asked for logprobs."""
+    reference_held: bool = False
+    """It has weights of its own."""
+    early_proximal: bool = False
+    """Every minibatch has a forward pass before the one it is trained by, the first as well."""
 
     @property
     def rollouts(self) -> int:

@@ -2,8 +2,8 @@
 
 Engine, per GPU: weights / tp + room for a prefill step + CUDA graphs and context; the rest, up to memory_fraction, is KV
 cache. Learner, per rank (see `asyncrl.learner.model`, `optimizer`, `logprobs`): float32 masters 4 + gradients 4 + AdamW 8
-bytes a parameter, over the ranks, or adapters on a frozen base; layers gathered for compute; activations of one
-micro-batch, none recomputed; chunks of logits. More memory never turns a shape down. Called by `plan_search`.
+bytes a parameter, over the shards, or adapters on a frozen base; the same again for a critic, a frozen reference; layers gathered for compute; activations of one
+micro-batch, or what enters each layer where they are computed again; chunks of logits. More memory never turns a shape down. Called by `plan_search`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import math
 import msgspec
 
 from asyncrl.learner.lora_config import LoraConfig
+from asyncrl.learner.sharding_config import ShardingConfig
 from asyncrl.recipes.gpus import GPUSpec
 from asyncrl.recipes.plan_facts import Efficiency, Misfit, Workload
-from asyncrl.recipes.plan_lora import NF4_BYTES, held_state
+from asyncrl.recipes.plan_lora import NF4_BYTES, TRAINED_BYTES, held_state
 from asyncrl.recipes.plan_model import DTYPE_BYTES, ModelShape
 
 KV_BLOCK_TOKENS = 16
@@ -126,18 +127,24 @@ def fit_learner(
 ) -> LearnerFit | Misfit:
     """With the recipe's tokens_per_microbatch, or the largest half, quarter ... of it that fits and still holds the
     longest rollout."""
+    replicas = work.sharding.replicas
+    if ranks % replicas:
+        reason = f"learner.sharding.replicas = {replicas} does not divide {ranks} ranks"
+        return Misfit(gpu_type=gpu_type, role="learner", gpus=ranks, reason=reason, lacking_bytes=None)
     dtype = learner_dtype(gpu)
     free = eff.learner_memory * gpu.memory_bytes - eff.context_bytes
     tokens = max(work.tokens_per_microbatch, work.max_context_tokens)
     while True:
-        fit = learner_memory(model, dtype, ranks, tokens, free, work.lora)
+        fit = learner_memory(
+            model, dtype, ranks, tokens, free, work.lora, work.sharding, beside=_beside(model, work, dtype)
+        )
         if fit.total_bytes <= free:
             return fit
         if tokens == work.max_context_tokens:
             break
         tokens = max(work.max_context_tokens, tokens // 2)
     reason = (
-        f"state {gigabytes(fit.state_bytes)} ({held_state(model, work.lora).formula} / {ranks}) + gathered "
+        f"state {gigabytes(fit.state_bytes)} ({_state_formula(model, work, dtype)} / {ranks // replicas}) + gathered "
         f"layers {gigabytes(fit.gathered_bytes)} + activations of {tokens:,} tokens {gigabytes(fit.activation_bytes)} + "
         f"logits {gigabytes(fit.logits_bytes)} > {eff.learner_memory:g} x {gigabytes(gpu.memory_bytes)} - context = "
         f"{gigabytes(free)}"
@@ -153,16 +160,21 @@ def learner_memory(
     tokens: int,
     free_bytes: float,
     lora: LoraConfig | None = None,
+    sharding: ShardingConfig = ShardingConfig(),
+    *,
+    beside: float = 0.0,
 ) -> LearnerFit:
-    """`tokens`: of one micro-batch, padding included.
+    """`tokens`: of one micro-batch, padding included. `beside`: bytes of what is held beside the policy, over all ranks.
 
-    Gathered in the compute type: the root (embeddings, head) throughout a pass, and two layers at a time with more than
-    one rank, all of them with one; gradients of the root and of one layer before they are reduced in float32. Frozen weights
-    have no gradients; those in 4 bits are gathered packed, and unpacked layer by layer.
+    Gathered in the compute type: the root (embeddings, head) throughout a pass, and two layers at a time where they are freed
+    after forward, else all of them; gradients of the root and of one layer before they are reduced in float32. Frozen weights
+    have no gradients; those in 4 bits are gathered packed, and unpacked layer by layer. Offloaded state is none of the GPU's.
     """
-    size = DTYPE_BYTES[dtype]
+    size, shards = DTYPE_BYTES[dtype], ranks // sharding.replicas
     held = held_state(model, lora)
-    layers: float = model.layer_parameters if ranks == 1 else 2 * model.largest_layer_parameters
+    freed = sharding.reshard_after_forward and shards > 1
+    layers: float = 2 * model.largest_layer_parameters if freed else model.layer_parameters
+    summed = DTYPE_BYTES[sharding.reduce_dtype]
     whole = model.root_parameters + model.largest_layer_parameters
     gradients = whole if lora is None else held.trained_parameters / model.layers
     head_gradient = (4 + size) * model.head_parameters if lora is None else 0
@@ -172,12 +184,27 @@ def learner_memory(
     return LearnerFit(
         dtype=dtype,
         tokens_per_microbatch=tokens,
-        state_bytes=held.total_bytes / ranks,
-        gathered_bytes=size * model.root_parameters + layer_size * layers + (size + 4) * gradients,
-        activation_bytes=tokens * model.saved_bytes_per_token(dtype),
+        state_bytes=0 if sharding.cpu_offload else (held.total_bytes + beside) / shards,
+        gathered_bytes=size * model.root_parameters + layer_size * layers + (size + summed) * gradients,
+        activation_bytes=tokens
+        * model.saved_bytes_per_token(dtype, recomputed=sharding.activation_checkpointing == "full"),
         logits_bytes=LOGIT_CHUNKS * CHUNK_BYTES + head_gradient,
         free_bytes=free_bytes,
     )
+
+
+def _beside(model: ModelShape, work: Workload, dtype: str) -> float:
+    """A critic with its optimizer, a frozen reference in the compute type; each as large as the policy."""
+    return model.parameters * float(TRAINED_BYTES * work.critic + DTYPE_BYTES[dtype] * work.reference_held)
+
+
+def _state_formula(model: ModelShape, work: Workload, dtype: str) -> str:
+    formula = held_state(model, work.lora).formula
+    if work.critic:
+        formula += f" + as many x {TRAINED_BYTES} of a critic"
+    if work.reference_held:
+        formula += f" + as many x {DTYPE_BYTES[dtype]} of a reference"
+    return formula if formula.count("+") == 0 else f"({formula})"
 
 
 def gigabytes(count: float) -> str:

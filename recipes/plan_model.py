@@ -109,8 +109,9 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """Of one token with its logits: 2 FLOPs a parameter and attention."""
         return self.attention_flops(context_tokens) + 2.0 * (self.body_parameters + self.head_parameters)
 
-    def saved_bytes_per_token(self, dtype: str) -> int:
-        """Activations that backward needs, of one token through all layers, without checkpointing.
+    def saved_bytes_per_token(self, dtype: str, *, recomputed: bool = False) -> int:
+        """Activations that backward needs, of one token through all layers; `recomputed` what enters each layer, and all that
+        one layer saves, when its turn comes.
 
         Counted as Hugging Face's Llama/Qwen modules with fused (flash) attention save them, c bytes an element:
         two RMSNorms (float32 input, normalised, scaled; one float32 per row): 2 ((4 + 2c) hidden + 4); q and output
@@ -127,4 +128,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
             layer += (4 + c) * (queries + keys) + 4 * (self.heads + self.kv_heads)
         if self.experts:
             layer += 2 * c * self.experts_per_token * self.hidden_size + 4 * self.experts
-        return self.layers * layer + (4 + 2 * c) * self.hidden_size
+        ends = (4 + 2 * c) * self.hidden_size + 2 * c * self.head_size  # last norm; rotary cosines and sines
+        if recomputed:
+            return self.layers * c * self.hidden_size + layer + ends
+        return self.layers * layer + ends

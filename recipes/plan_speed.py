@@ -106,14 +106,18 @@ def step_tokens(work: Workload) -> float:
 
 def train_flops(model: ModelShape, work: Workload) -> float:
     """Of one step: 6 a parameter and token, 8 for the head (its logits are computed again in backward, on answer tokens
-    alone), 3 times the causal attention; and a forward pass more for minibatches after the first."""
+    alone), 3 times the causal attention; and a forward pass more for minibatches after the first, and of the layers where
+    activations are computed again. A critic has the layers' part again, and a pass for its values; a reference has one pass."""
     lengths, n = work.lengths, work.rollouts
     prompt = work.prompt_tokens
     squares = prompt**2 + 2 * prompt * lengths.mean + lengths.mean_square
     body = 2.0 * model.body_parameters * step_tokens(work) + n * model.attention_flops(1) * squares / 2
     head = 2.0 * model.head_parameters * n * lengths.mean
-    again = (work.minibatches_per_step - 1) / work.minibatches_per_step
-    return (3 + again) * body + (4 + again) * head
+    again = 1.0 if work.early_proximal else (work.minibatches_per_step - 1) / work.minibatches_per_step
+    again += work.reference
+    recomputed = work.sharding.activation_checkpointing == "full"
+    critic = (4 + recomputed) * body if work.critic else 0.0
+    return (3 + again + recomputed) * body + (4 + again) * head + critic
 
 
 def learner_time(
@@ -130,20 +134,31 @@ def learner_time(
 ) -> LearnerTime:
     """`across_nodes`: some engine is on another node than the learner, so versions travel over the cluster's links."""
     peak = gpu.flops_per_s if fit.dtype != "float32" else gpu.float32_flops_per_s
-    link = gpu.node_link_bytes_per_s if ranks <= entry.gpus_per_node else gpu.cluster_link_bytes_per_s
-    size, others = DTYPE_BYTES[fit.dtype], (ranks - 1) / ranks
+    sharding = work.sharding
+    shards = ranks // sharding.replicas
+    within, between = (
+        gpu.node_link_bytes_per_s if count <= entry.gpus_per_node else gpu.cluster_link_bytes_per_s
+        for count in (shards, ranks)
+    )
+    size, summed, others = DTYPE_BYTES[fit.dtype], DTYPE_BYTES[sharding.reduce_dtype], (shards - 1) / shards
     passes = math.ceil(step_tokens(work) / ranks / fit.tokens_per_microbatch)
-    traffic = passes * (2 * size + 4) * model.parameters * others
+    gathers = 2 if sharding.reshard_after_forward else 1
+    traffic_s = (gathers * size + summed) * model.parameters * others / within
+    # Replicas sum the gradients of each shard: an all-reduce sends everything twice.
+    traffic_s += 2 * summed * model.parameters / shards * (1 - 1 / sharding.replicas) / between
+    traffic_s *= 1 + work.critic
+    traffic_s += (work.critic + work.reference) * size * model.parameters * others / within
     out = gpu.cluster_link_bytes_per_s if across_nodes else gpu.node_link_bytes_per_s
-    gathered = 4 * model.parameters * others / (link * eff.link)
+    gathered = 4 * model.parameters * others / (within * eff.link)
     return LearnerTime(
         compute_s=train_flops(model, work) / (ranks * peak * eff.train_compute),
-        traffic_s=traffic / (link * eff.link),
+        traffic_s=passes * traffic_s / eff.link,
         # Gradient, master and both moments are read, the last three written: 28 bytes a parameter.
         optimizer_s=work.minibatches_per_step
+        * (1 + work.critic)
         * 28
         * model.parameters
-        / ranks
+        / shards
         / (gpu.memory_bytes_per_s * eff.decode_bandwidth),
         publish_s=gathered + model.weight_bytes(wire_dtype) / (out * eff.link),
     )

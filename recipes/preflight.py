@@ -23,6 +23,7 @@ from asyncrl.generators.functions import FunctionError
 from asyncrl.generators.sources import SourceError, open_rows
 from asyncrl.generators.tasks import TaskError
 from asyncrl.generators.turns import check_environment
+from asyncrl.recipes.learner_checks import learner_model_problems, part_bytes
 from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
 from asyncrl.recipes.plan_lora import UnknownTarget, adapter_parameters, held_state
 from asyncrl.recipes.recipe import Problem, Recipe
@@ -44,7 +45,8 @@ class Preflight(msgspec.Struct, frozen=True, kw_only=True):
 def preflight(recipe: Recipe) -> Preflight:
     notes: list[str] = []
     model, model_problems = _model(recipe, notes)
-    problems = [*model_problems, *_prompts(recipe), *reward_problems(recipe, notes)]
+    problems = [*model_problems, *learner_model_problems(recipe)]
+    problems += [*_prompts(recipe), *reward_problems(recipe, notes)]
     problems += [*_environment(recipe), *_engine_packages(recipe), *_ports(recipe)]
     if not recipe.run.ray_address:
         problems += [*_cores(recipe), *_gpus(recipe), *_memory(recipe, model), *_shared_memory(recipe, model)]
@@ -196,9 +198,9 @@ def _memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
         for p in recipe.pools
         if p.device == "cpu" and p.engine == "vllm"
     )
-    wanted = caches + reward_model_bytes(recipe)
+    wanted: float = caches + reward_model_bytes(recipe)
     if model is not None and recipe.learner.device == "cpu":
-        wanted += held_state(model, recipe.learner.lora).total_bytes
+        wanted += held_state(model, recipe.learner.lora).total_bytes + part_bytes(recipe, model)
     have = psutil.virtual_memory().available
     if wanted > have:
         yield Problem(

@@ -22,6 +22,7 @@ from asyncrl.generators.evaluation_config import EvaluationConfig, broken_evalua
 from asyncrl.learner.config import HEAD_SIZES, LearnerConfig, SFTConfig
 from asyncrl.learner.lora_config import broken_lora_rules
 from asyncrl.learner.objective_needs import Surroundings, broken_rules, needs_of
+from asyncrl.learner.sharding_config import broken_sharding_rules
 from asyncrl.recipes.checkpoints_config import CheckpointsConfig
 from asyncrl.recipes.deterministic import broken_deterministic_rules
 from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, unknown_gpus
@@ -155,6 +156,7 @@ def cross_check(recipe: Recipe) -> list[Problem]:
     checks = (
         _check_objective,
         _check_lora,
+        _check_sharding,
         _check_batches,
         _check_buffer,
         _check_lengths,
@@ -184,6 +186,12 @@ def _check_objective(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_lora(recipe: Recipe) -> Iterator[Problem]:
     for path, found, advice in broken_lora_rules(recipe.learner.lora):
+        yield Problem(path, found, advice)
+
+
+def _check_sharding(recipe: Recipe) -> Iterator[Problem]:
+    learner = recipe.learner
+    for path, found, advice in broken_sharding_rules(learner.sharding, learner.ranks, learner.device):
         yield Problem(path, found, advice)
 
 

@@ -38,6 +38,7 @@ FIXED: Final[Mapping[str, str]] = {
     "sampling.max_new_tokens": "it decides which prompts are passed over for their length, and so their order",
     "environment": "rollouts that are under way had their turns with it",
     "learner.objective.type": "another one needs other parts, and the checkpoint has those of this one",
+    "learner.critic.path": _STATE,
     "learner.lora": _STATE,
 }
 """Settings, or whole tables of them, that stay as they were. Everything else may be changed from one start to the next."""
@@ -79,12 +80,12 @@ def _leaves(path: str, reason: str, old: Any, new: Any) -> Iterator[tuple[str, s
 
 
 def _at(tables: Any, path: str) -> Any:
-    """None where the recipe has no such table."""
+    """None where the recipe has no such table, and where what it has is empty, which is the same."""
     for key in path.split("."):
         if not isinstance(tables, dict):
             return None
         tables = tables.get(key)
-    return tables
+    return tables or None
 
 
 def _shown(value: Any) -> str:

@@ -75,6 +75,10 @@ class Checkpointing:
         if self._pending:
             await self._try("checkpoint_finished", timeout_s)
             await self._count_written()
+        for step in self._pending:
+            self._note(
+                f"the checkpoint of step {step} was not written within {timeout_s:g} s, and does not count"
+            )
 
     async def _try(self, method: str, *arguments: Any) -> Any:
         """None where a checkpoint could not be written, which is noted."""

@@ -93,6 +93,7 @@ class LearnerPart:
         self._step = 0
         self._published = 0
         """Versions of this process."""
+        self._outcome: StepOutcome | None = None
         self._taken: Taken | None = None
         self._taken_at = -1
         """Step of the last checkpoint."""
@@ -167,7 +168,7 @@ class LearnerPart:
         published = time.monotonic()
         selection, rows = batch
         self._client().commit(selection.batch_ids, self._version)
-        return StepOutcome(
+        self._outcome = StepOutcome(
             selection=selection,
             handover=examine(rows, selection.version, self._recipe.staleness.max_staleness_versions),
             metrics=metrics,
@@ -176,6 +177,7 @@ class LearnerPart:
             train_s=trained - start,
             publish_s=published - trained,
         )
+        return self._outcome
 
     def checkpoint(self, keep: tuple[int, ...], learner: bool) -> Taken | None:
         """Takes the buffer's snapshot of the present step, and the learner's state with it, which is written in the background.
@@ -202,6 +204,10 @@ class LearnerPart:
 
     def steps_done(self) -> int:
         return self._step
+
+    def last_outcome(self) -> StepOutcome | None:
+        """Of the last step that was trained here, for whoever stopped waiting for it."""
+        return self._outcome
 
     def save(self) -> None:
         """Writes the present model to the run folder, in the place of an earlier one. A collective."""

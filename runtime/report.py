@@ -61,6 +61,7 @@ def load(metrics_path: Path) -> Recorded:
     stride, seen = 1, 0
     for fact in read_facts(metrics_path):
         if isinstance(fact, StepFacts):
+            _forget_from(recorded, fact.step)
             recorded.steps.append(fact)
         elif isinstance(fact, Evaluation):
             recorded.evaluations.append(fact)
@@ -72,6 +73,14 @@ def load(metrics_path: Path) -> Recorded:
                 del recorded.points[1::2]
                 stride *= 2
     return recorded
+
+
+def _forget_from(recorded: Recorded, step: int) -> None:
+    """A run that went on from a checkpoint does again what came after it; the curves are of what counts."""
+    while recorded.steps and recorded.steps[-1].step >= step:
+        recorded.steps.pop()
+    while recorded.evaluations and recorded.evaluations[-1].step >= step:
+        recorded.evaluations.pop()
 
 
 def _point(snapshot: Snapshot) -> SnapshotPoint:

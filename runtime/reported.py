@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from asyncrl.buffer import staleness
 from asyncrl.buffer.wire import Report
+from asyncrl.learner.metrics import StepMetrics
 from asyncrl.runtime import facts
 from asyncrl.runtime.learner_part import StepOutcome
 
@@ -102,6 +103,7 @@ def step_facts(
             "clip_fraction": metrics.clip_fraction,
             "importance_mean": metrics.importance_mean,
             "importance_capped": metrics.importance_capped,
+            **_parts(metrics),
             "drift_k3": _number(metrics.drift_k3),
             "drift_max": _number(metrics.drift_max),
             "tokens_padded": metrics.tokens_padded,
@@ -112,6 +114,15 @@ def step_facts(
             "gather_s": metrics.gather_s,
         },
     )
+
+
+def _parts(metrics: StepMetrics) -> dict[str, float]:
+    """Of critic, reference and costs, where the objective has them."""
+    names = ("value_loss", "critic_grad_norm", "critic_learning_rate", "explained_variance", "kl_reference")
+    known = {name: value for name in names if not math.isnan(value := getattr(metrics, name))}
+    if not math.isnan(metrics.cost_multiplier):
+        known |= {"cost_mean": metrics.cost_mean, "cost_multiplier": metrics.cost_multiplier}
+    return known
 
 
 def _number(value: float) -> float:

@@ -125,11 +125,7 @@ class _RFT:
         samples = self._samples(folder, model, number)
         chosen = kept(samples, self._config)
         if not chosen:
-            best = max((sample.reward for sample in samples), default=float("nan"))
-            raise RFTError(
-                f"round {number}: none of {len(samples)} answers is kept (rft.min_reward = {self._config.min_reward}, the best "
-                f"reward is {best:g}): lower it, sample more, or begin with a better model"
-            )
+            raise RFTError(_nothing(samples, self._config, number))
         rft_files.write(chosen, folder.path / "kept.parquet")
         settings = self._config.sft(model, len(chosen), number)
         self._console.print(
@@ -214,6 +210,20 @@ def _pairs(chosen: Sequence[Sample], seed: int) -> Iterator[Pair]:
         for place in range(len(chosen)):
             sample = chosen[permuted(place, len(chosen), f"{seed}/{epoch}")]
             yield sample.prompt_tokens, sample.tokens, sample.sampled
+
+
+def _nothing(samples: Sequence[Sample], config: RFTConfig, number: int) -> str:
+    good = [sample for sample in samples if sample.reward >= config.min_reward]
+    if good:
+        return (
+            f"round {number}: {len(good)} of {len(samples)} answers score, and none of them ended by itself: raise "
+            "sampling.max_new_tokens"
+        )
+    best = max((sample.reward for sample in samples), default=float("nan"))
+    return (
+        f"round {number}: none of {len(samples)} answers is kept (rft.min_reward = {config.min_reward}, the best reward is "
+        f"{best:g}): lower it, sample more, or begin with a better model"
+    )
 
 
 def _accuracy(folder: RunFolder) -> float | None:

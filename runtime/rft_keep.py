@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from asyncrl.generators.prompts import permuted
 from asyncrl.recipes.rft_config import RFTConfig
 
 
@@ -46,5 +46,6 @@ def _choose(answers: list[Sample], prompt_id: str, config: RFTConfig) -> list[Sa
         return answers
     if config.choose == "shortest":
         return sorted(answers, key=lambda answer: len(answer.tokens))[: config.max_per_prompt]
-    places = random.Random(f"{config.seed}/{prompt_id}").sample(range(len(answers)), config.max_per_prompt)
-    return [answers[place] for place in sorted(places)]
+    key = f"{config.seed}/{prompt_id}"
+    places = sorted(permuted(i, len(answers), key) for i in range(config.max_per_prompt))
+    return [answers[place] for place in places]

@@ -90,6 +90,8 @@ class Supervisor:
         self._client: BufferClient | None = None
         self._feeding: asyncio.Task[None] | None = None
         self._training = False
+        self._waited_s = 0.0
+        """For the batch that was trained last."""
 
     async def run(self) -> None:
         guarded = self.watch.guarded
@@ -207,7 +209,7 @@ class Supervisor:
             if drained:
                 return False
             self.observer.check_progress(stall_s)
-        waited_s = time.monotonic() - began
+        self._waited_s = time.monotonic() - began
         self.observer.learner_state, self.in_training = "training", named(batch)
         due = self._checkpointing.due(step)
         if due and self.recipe.run.deterministic:
@@ -217,7 +219,7 @@ class Supervisor:
         checkpoint_stall_s = await self._checkpointing.take() if due else 0.0
         if not self.draining:
             self.feed()
-        self.observer.stepped(step, outcome, waited_s, checkpoint_stall_s)
+        self.observer.stepped(step, outcome, self._waited_s, checkpoint_stall_s)
         for report in (outcome.sync, *outcome.welcomes):
             fleet.condemn(report.out_of_service)
         return True
@@ -263,10 +265,17 @@ class Supervisor:
     async def _save_in_mid_run(self) -> None:
         """What was learned, and a checkpoint with what the engines handed back. With `deterministic` the last one stays the one to
         go on from: a rollout that goes on from its middle has other last bits."""
+        await self._hear_of_last_step()
         await self._save()
         if self.fleet is not None and self.fleet.begun and not self.recipe.run.deterministic:
             await self._checkpointing.take()
             await self._checkpointing.finish(self.recipe.learner.step_timeout_s)
+
+    async def _hear_of_last_step(self) -> None:
+        """A stop ends the wait for a step, and not the step: it is trained and committed all the same."""
+        step = await self._ranks.first("steps_done")
+        if step > self.observer.steps_done:
+            self.observer.stepped(step, await self._ranks.first("last_outcome"), self._waited_s)
 
     async def stop_dispatchers(self) -> None:
         """For a stop in mid-run: partial rollouts go back to the buffer, and so to its log, with what they have."""

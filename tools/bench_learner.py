@@ -24,14 +24,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import rich
 from learner_sides import SIDES, VERSION, run_side
+from rich.console import Console
 from rich.table import Table
 
 from asyncrl.buffer.schema import BATCH
 
 START_S = 300.0
 AGREE = 1e-3
+WIDTH = 110
 
 
 def rollouts(args: argparse.Namespace) -> pa.Table:
@@ -103,9 +104,11 @@ class Side:
         self.steps.append(self._answer(self._limit_s))
 
     def close(self) -> None:
-        self._pipe.close()
-        self._process.join(timeout=20)
+        if self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join(timeout=20)
         self._process.kill()
+        self._pipe.close()
 
     def _answer(self, limit_s: float) -> Any:
         if not self._pipe.poll(limit_s):
@@ -175,7 +178,7 @@ def show(result: dict[str, Any]) -> None:
         "step s",
         "padding",
         "peak MB",
-        "by steps MB",
+        "of steps",
         "loss",
         "norm",
     ):
@@ -193,7 +196,7 @@ def show(result: dict[str, Any]) -> None:
             f"{own['loss']:.6f}",
             f"{own['grad_norm']:.5f}",
         )
-    rich.print(table)
+    Console(width=WIDTH).print(table)
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ def resident_mb(field: str) -> float:
 
 
 def run_side(pipe: Any, side: str, folder: str, table: pa.Table, budget: int, threads: int) -> None:
-    """Loads, then a step for each message until None comes or the pipe ends. Sends what `step` gives."""
+    """Loads, then a step for each message until None comes. Sends what each step gives."""
     torch.set_num_threads(threads)
     runner = (
         Packed(folder, budget, threads)

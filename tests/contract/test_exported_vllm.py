@@ -48,7 +48,7 @@ SERVE = textwrap.dedent(
 
     if __name__ == "__main__":
         tokens = json.loads(sys.argv[2])
-        llm = LLM(sys.argv[1], max_model_len=64, enforce_eager=True, max_num_seqs=4)
+        llm = LLM(sys.argv[1], dtype="float32", max_model_len=64, enforce_eager=True, max_num_seqs=4)
         (out,) = llm.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1, prompt_logprobs=0))
         logprobs = [entry[token].logprob for entry, token in zip(out.prompt_logprobs[1:], tokens[1:])]
         print(json.dumps(logprobs), flush=True)
@@ -61,6 +61,8 @@ def _run(script: str, *arguments: str) -> list[float]:
     environment = {
         **os.environ,
         "PYTHONSAFEPATH": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

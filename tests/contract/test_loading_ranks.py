@@ -84,20 +84,28 @@ MEMORY = textwrap.dedent(
     import os, sys
     from pathlib import Path
     import msgspec, torch
-    from asyncrl.learner.distributed import init_distributed, leave_distributed
-    from asyncrl.learner.model import load_policy
+    from asyncrl.learner import attention
+    from asyncrl.learner.distributed import init_distributed
+    from asyncrl.learner.loading import build, fill
+    from asyncrl.learner.sharding import decoder_layers, shard
+
+    def load(folder):
+        blueprint = build(folder, attention.NAME)
+        shard(blueprint.model, decoder_layers(blueprint.model), mesh, "float32")
+        fill(blueprint, torch.device("cpu"))
+        return blueprint.model
 
     def resident(field):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field + ":"))
 
     folder, out, rank, ranks = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     mesh = init_distributed(rank, ranks, sys.argv[5], "cpu", 60.0)
-    load_policy(f"{folder}/small", mesh, "float32")  # whatever is imported and set up once
+    load(f"{folder}/small")  # whatever is imported and set up once
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    policy = load_policy(f"{folder}/large", mesh, "float32")
+    model = load(f"{folder}/large")
     peak = resident("VmHWM") - before
-    bytes_of_all = sum(p.numel() * p.element_size() for p in policy.parameters())
+    bytes_of_all = sum(p.numel() * p.element_size() for p in model.parameters())
     (out / f"told-{rank}").write_bytes(msgspec.json.encode([peak, bytes_of_all]))
     os._exit(0)  # as Ray ends its workers
     """

@@ -2,122 +2,31 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import pytest
+from gradient_cases import SCRIPT, SPLITS, settings, write_cases
 from rank_processes import run_ranks
 from safetensors.numpy import load_file
-
-from asyncrl.buffer.schema import BATCH
-from asyncrl.learner.sharding_config import ShardingConfig
-from asyncrl.learner.tiny_model import character_tokenizer, new_model
 
 TOLERANCE = 1e-5
 HALF_TOLERANCE = 0.02
 """Of the gradient's norm, with bfloat16 somewhere: 8 bits are kept of each product, and errors of many add up by chance."""
 
-SCRIPT = textwrap.dedent(
-    """
-    import os, sys
-    from pathlib import Path
-    import msgspec, pyarrow as pa, torch
-    from safetensors.torch import save_file
-    from asyncrl.learner.config import LearnerConfig
-    from asyncrl.learner.objective_config import GRPO
-    from asyncrl.learner.step import Learner
-
-    class Recorder(torch.optim.SGD):
-        "Moves nothing, and keeps the gradients that it is given: whole, and unscaled as max_grad_norm is large."
-        def step(self):
-            self.seen = [p.grad.to(torch.float32).full_tensor().clone() for g in self.param_groups for p in g["params"]]
-
-    folder, out, rank, ranks = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    batches = sorted(Path(folder).glob("batch-*"))
-    gradients, norms = {}, []
-    for index, (address, text) in enumerate(zip(sys.argv[5].split(","), sys.argv[6:], strict=True)):
-        settings = msgspec.json.decode(text)
-        objective = GRPO(entropy_bonus=0.1)  # so that a group of one has a gradient
-        config = msgspec.convert({
-            "device": "cpu", "ranks": ranks, "max_grad_norm": 1e9, "start_timeout_s": 60, "step_timeout_s": 60,
-            "tokens_per_microbatch": 120, **settings}, LearnerConfig)
-        config = msgspec.structs.replace(config, objective=objective)
-        learner = Learner(config, folder, 0.9, rank, ranks, address)
-        policy = learner.trained["policy"]
-        policy.optimizer = Recorder(policy.parameters.values(), lr=0.0)
-        for batch in batches:
-            metrics = learner.train(pa.ipc.open_file(str(batch)).read_all() if rank == 0 else None, 4)
-            norms.append(metrics.grad_norm)
-            for name, gradient in zip(policy.parameters, policy.optimizer.seen, strict=True):
-                gradients[f"{index}/{batch.name}/{name}"] = gradient
-        learner.close()
-    if rank == 0:
-        save_file(gradients, str(out / "gradients"))
-    (out / f"norms-{rank}").write_bytes(msgspec.json.encode(norms))
-    os._exit(0)  # as Ray ends its workers
-    """
-)
-
-SPLITS = ([1], [2], [3, 1], [1, 1, 1], [4, 4, 4, 4], [7, 2, 1, 3], [2] * 9, [16])
-"""Sizes of a batch's groups. Fewer rollouts than ranks: some ranks have nothing."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("splits")
-    tokenizer = character_tokenizer("0123456789+=;")
-    tokenizer.save_pretrained(folder)
-    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=256, seed=3).save_pretrained(folder)
-    for seed, sizes in enumerate(SPLITS):
-        table = _table(np.random.default_rng(seed), sizes)
-        with pa.ipc.new_file(str(folder / f"batch-{seed}"), table.schema) as writer:
-            writer.write_table(table)
+    write_cases(folder)
     return folder
-
-
-def _table(random: np.random.Generator, sizes: list[int]) -> pa.Table:
-    rows: list[dict[str, object]] = []
-    for group, size in enumerate(sizes):
-        prompt = random.integers(0, 13, random.integers(2, 9)).tolist()
-        for _ in range(size):
-            length = int(min(200, random.lognormal(2.7, 0.9) + 1))  # past the budget of a pass at times
-            trainable = (random.random(length) > 0.2).tolist()
-            rows.append(
-                {
-                    "rollout_id": len(rows),
-                    "group_id": group,
-                    "prompt_tokens": prompt,
-                    "tokens": random.integers(0, 13, length).tolist(),
-                    "logprobs": random.normal(-2.7, 0.3, length).tolist(),
-                    "versions": random.integers(2, 5, length).tolist(),
-                    # Some rollouts are context as a whole.
-                    "trainable": [True, *trainable[1:]]
-                    if not rows or random.random() > 0.2
-                    else [False] * length,
-                    "reward": float(random.integers(0, 3)),
-                    "cost": 0.0,
-                    "greedy": False,
-                    "finish_reason": "stop",
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=BATCH)
-
-
-def _settings(tokens_per_microbatch: int = 120, **more: object) -> str:
-    dtype = {"dtype": more.pop("dtype")} if "dtype" in more else {}
-    msgspec.convert(more, ShardingConfig)  # says at once what is misspelt
-    return msgspec.json.encode(
-        {"tokens_per_microbatch": tokens_per_microbatch, "sharding": more, **dtype}
-    ).decode()
 
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("one") / "out"
-    run_ranks(SCRIPT, folder, out, 1, _settings(8192))
+    run_ranks(SCRIPT, folder, out, 1, settings(8192))
     gradients: dict[str, np.ndarray] = load_file(out / "gradients")
     assert len(gradients) == len(SPLITS) * len({name.rpartition("/")[2] for name in gradients})
     norms = msgspec.json.decode((out / "norms-0").read_bytes())
@@ -127,29 +36,31 @@ def one_rank(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 CASES = {
     1: {
-        "small passes": _settings(40),
-        "computed again": _settings(activation_checkpointing="full"),
-        "offloaded": _settings(cpu_offload=True),
+        "small passes": settings(40),
+        "computed again": settings(activation_checkpointing="full"),
+        "offloaded": settings(cpu_offload=True),
+        "compiled": settings(compile=True),
     },
     2: {
-        "plain": _settings(),
-        "small passes": _settings(40),
-        "large passes": _settings(8192),
-        "layers kept whole": _settings(reshard_after_forward=False),
-        "computed again": _settings(activation_checkpointing="full"),
-        "offloaded": _settings(cpu_offload=True),
-        "two replicas of one shard": _settings(replicas=2),
+        "plain": settings(),
+        "small passes": settings(40),
+        "large passes": settings(8192),
+        "layers kept whole": settings(reshard_after_forward=False),
+        "computed again": settings(activation_checkpointing="full"),
+        "offloaded": settings(cpu_offload=True),
+        "two replicas of one shard": settings(replicas=2),
+        "compiled, computed again": settings(compile=True, activation_checkpointing="full"),
     },
     4: {
-        "plain": _settings(),
-        "small passes": _settings(40),
-        "two replicas": _settings(replicas=2),
-        "two replicas, computed again, layers kept whole": _settings(
+        "plain": settings(),
+        "small passes": settings(40),
+        "two replicas": settings(replicas=2),
+        "two replicas, computed again, layers kept whole": settings(
             replicas=2, activation_checkpointing="full", reshard_after_forward=False
         ),
-        "two replicas, offloaded": _settings(replicas=2, cpu_offload=True),
-        "computed again": _settings(activation_checkpointing="full"),
-        "offloaded": _settings(cpu_offload=True),
+        "two replicas, offloaded": settings(replicas=2, cpu_offload=True),
+        "computed again": settings(activation_checkpointing="full"),
+        "offloaded": settings(cpu_offload=True),
     },
 }
 
@@ -175,9 +86,9 @@ def test_bfloat16_is_float32_up_to_rounding(
 ) -> None:
     """In computing, and in summing over ranks."""
     cases = {
-        "reduced": _settings(reduce_dtype="bfloat16"),
-        "computed": _settings(dtype="bfloat16"),
-        "both, computed again": _settings(
+        "reduced": settings(reduce_dtype="bfloat16"),
+        "computed": settings(dtype="bfloat16"),
+        "both, computed again": settings(
             dtype="bfloat16", reduce_dtype="bfloat16", activation_checkpointing="full"
         ),
     }
@@ -189,5 +100,4 @@ def test_bfloat16_is_float32_up_to_rounding(
             want = np.concatenate([one_rank[f"0/{name}"].ravel() for name in names])
             other = np.concatenate([found[f"{index}/{name}"].ravel() for name in names])
             error = np.linalg.norm(other - want) / np.linalg.norm(want)
-            print(f"{case}, split {split}: {error:.4f}")
-            assert 1e-5 < error < HALF_TOLERANCE, (case, split)
+            assert 1e-5 < error < HALF_TOLERANCE, (case, split, error)

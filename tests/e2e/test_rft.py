@@ -1,4 +1,4 @@
-"""`asyncrl rft`, as a user types it: killed while it samples, taken up again, over two rounds; the engines are fake ones."""
+"""`asyncrl rft`, as a user types it: killed while it samples, and taken up again; the engines are fake ones."""
 
 import contextlib
 import os
@@ -22,12 +22,16 @@ out = "{out}"
 prompts = 12
 rollouts_per_prompt = 4
 max_per_prompt = 2
-rounds = 2
 steps = 2
 pairs_per_step = 4
 """
 REWARD = "def reward(answer_text, payload):\n    return float(len(answer_text) % 3 > 0)\n"
-SLOW = ("--set", "pools.0.fake.step_s=0.02")
+SLOW = (
+    "--set",
+    "pools.0.fake.step_s=0.02",
+    "--set",
+    "pools.0.fake.lengths={ median_tokens = 20, sigma = 0.4 }",
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +104,17 @@ def test_killed_while_it_samples_and_taken_up_again(tmp_path, model):
     samples = parquet.read_table(runs / "test-rft" / "round-1" / "samples.parquet").to_pylist()
     assert len(samples) == len({s["rollout_id"] for s in samples}) == 48
     assert before.items() <= {s["rollout_id"]: s["tokens"] for s in samples}.items()
-    check_rounds(runs / "test-rft", out, model)
-    with rft(tmp_path, *own) as process:
-        assert process.wait(60) == 1 and "is there already" in output()
+    check_made(runs / "test-rft", out, model)
     assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared
 
 
-def check_rounds(folder, out, model):
+def check_made(folder, out, model):
     summary = msgspec.json.decode((folder / "summary.json").read_bytes())
-    first, second = summary["rounds"]
-    assert (first["model"], second["model"]) == (str(model), str(folder / "round-1" / "model"))
-    for number, done in enumerate((first, second), 1):
-        kept = parquet.read_table(folder / f"round-{number}" / "kept.parquet").to_pylist()
-        assert len(kept) == done["kept"] > 0 and (done["samples"], done["steps"]) == (48, 2)
-        assert all(row["reward"] == 1.0 and row["finish_reason"] == "stop" for row in kept)
-        assert done["accuracy"] is not None
-    prompts = [
-        parquet.read_table(folder / f"round-{n}" / "samples.parquet")["prompt_id"].unique() for n in (1, 2)
-    ]
-    assert not set(prompts[0].to_pylist()) & set(prompts[1].to_pylist())  # other prompts in each round
-    assert summary["accuracy"] is not None
+    (done,) = summary["rounds"]
+    kept = parquet.read_table(folder / "round-1" / "kept.parquet").to_pylist()
+    assert len(kept) == done["kept"] > 0 and (done["samples"], done["steps"]) == (48, 2)
+    assert all(row["reward"] == 1.0 and row["finish_reason"] == "stop" for row in kept)
+    assert done["accuracy"] is not None and summary["accuracy"] is not None
     made, before = (AutoModelForCausalLM.from_pretrained(path) for path in (out, model))
     assert any((a != b).any() for a, b in zip(made.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(out).decode([1, 2]) is not None

@@ -76,6 +76,12 @@ FUNCTIONS = '''
 
     def half(answer_text, payload):
         return 0.5
+
+    def naming(answer_text, payload):
+        return {"reward": 1.0, "answer": answer_text.split()[-1]}
+
+    def naming_another(answer_text, payload):
+        return {"reward": 1.0, "answer": "another"}
 '''
 
 
@@ -137,6 +143,13 @@ def test_a_dict_reports_more_than_its_reward():
     (score,) = scores(RewardPool(config("behave")), "0.25")
     assert score.reward == 0.25
     assert score.parts[BEHAVE] == 0.25 and score.parts[f"{BEHAVE}/length"] == 4
+    assert score.answer is None
+
+
+def test_the_first_term_that_names_a_final_answer_says_it():
+    terms = [RewardTerm(function=f"rewards_of_tests:{name}") for name in ("half", "naming", "naming_another")]
+    (score,) = scores(RewardPool(RewardsConfig(terms=terms)), "it is 7")
+    assert (score.reward, score.answer) == (2.5, "7")
 
 
 def test_a_thousand_quick_scores():

@@ -36,6 +36,13 @@ def test_weights_never_come_from_the_folder() -> None:
         assert chosen["load_format"] == "dummy" and "enable_lora" not in chosen
 
 
+@pytest.mark.parametrize(("longest", "at_once"), [(64, 2048), (8192, 8192)])
+def test_where_requests_have_seeds_no_prompt_is_computed_in_pieces(longest: int, at_once: int) -> None:
+    chosen = vllm_settings.arguments(pool(device="cpu"), "m", longest, 1, whole_prompts=True)
+    assert chosen["max_num_batched_tokens"] == at_once
+    assert "max_num_batched_tokens" not in vllm_settings.arguments(pool(device="cpu"), "m", longest, 1)
+
+
 def test_but_the_base_of_adapters_does() -> None:
     for rank, room in ((1, 1), (2, 8), (8, 8), (33, 64), (129, 256), (512, 512)):
         chosen = vllm_settings.arguments(pool(), "m", 64, 1, adapter_rank=rank)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from asyncrl.buffer.schema import BATCH, ENVIRONMENT
 from asyncrl.learner.batch import make_microbatches, read_table, split_groups
+from asyncrl.learner.division import divide
 from asyncrl.learner.rows import assemble, rows_of
 
 TOKENS = st.lists(st.integers(0, 50), min_size=1, max_size=12)
@@ -135,3 +136,26 @@ def test_more_ranks_than_rows_leaves_empty_passes(make_table: Callable[..., pa.T
     batch = read_table(make_table(groups=1, rollouts=2))
     (part,) = make_microbatches(batch, np.arange(2), 1000, 2, 3)
     assert part.input_ids.shape == (1, 1) and not len(part.targets)
+
+
+@pytest.mark.parametrize("ranks", [1, 4, 8])
+def test_a_long_tail_is_computed_with_hardly_any_padding(ranks: int) -> None:
+    """All that runs is counted: rows of every rank's passes, the empty ones too, and attention's rectangles."""
+    random = np.random.default_rng(ranks)
+    lengths = np.exp(random.normal(6.5, 1.0, 256)).clip(16, 10_240).astype(int)
+    rows = rows_of([([1] * 8, [2] * (length - 8)) for length in lengths])
+    passes = [[assemble(rows, part) for part in own] for own in divide(rows.lengths, 16_384, ranks, 12_288.0)]
+    parts = [part for own in passes for part in own]
+    assert lengths.max() > 5_000 and len({len(own) for own in passes}) == 1
+    computed = sum(part.input_ids.numel() for part in parts)
+    attended = sum(count * length for part in parts for count, length in part.packing.runs())
+    tokens = int(lengths.sum())
+    # The last token of a rollout predicts nothing and does not run.
+    assert computed == attended == tokens - len(lengths) + sum(part.padding for part in parts)
+    assert sum(part.padding for part in parts) <= 0.05 * tokens
+
+
+def test_what_runs_for_nothing_is_counted_as_padding() -> None:
+    rows = rows_of([([1, 2], [3, 4])])
+    passes = [[assemble(rows, part) for part in own] for own in divide(rows.lengths, 100, 3)]
+    assert sorted(part.padding for own in passes for part in own) == [0, 1, 1]

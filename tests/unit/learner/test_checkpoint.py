@@ -169,7 +169,7 @@ def test_a_disk_that_fails_is_told_once_and_the_next_one_may_do(
     with monkeypatch.context() as patched:
         patched.setattr(under_test, "write_shards", full)
         one.checkpoint(tmp_path / "step-2")
-        with pytest.raises(CheckpointFailed, match=r"step-2: .*No space left"):
+        with pytest.raises(CheckpointFailed, match=r"step-2 was not written: .*No space left"):
             one.checkpoint_finished(WAIT_S)
     assert os.listdir(tmp_path) == ["step-1"]
     assert one.checkpoint_finished(0.0) == tmp_path / "step-1"
@@ -224,3 +224,16 @@ def test_rates_follow_from_the_steps_that_were_taken(learner: Open) -> None:
     one: Trained = learner(learning_rate=0.01, warmup_steps=4).trained["policy"]
     one.take_up(2, [0.5])
     assert one.learning_rate == pytest.approx(0.005) and list(one.norms.recent) == [0.5]
+
+
+def test_a_failed_one_is_told_by_the_next_at_the_latest(
+    learner: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = learner()
+    with monkeypatch.context() as patched:
+        patched.setattr(under_test, "write_shards", lambda path, shards: path.open("rb"))
+        one.checkpoint(tmp_path / "step-1")
+        one._checkpoints._writer.submit(lambda: None).result(WAIT_S)  # after the write
+    with pytest.raises(CheckpointFailed, match=r"step-1 was not written: .*No such file"):
+        one.checkpoint(tmp_path / "step-2")
+    _write(one, tmp_path / "step-2")

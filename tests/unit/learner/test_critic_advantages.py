@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.learner.advantages import on_last_token, whiten
-from asyncrl.learner.critic_advantages import gae, imitation_loss, length_adaptive_lambda, value_losses
+from asyncrl.learner.critic_advantages import gae, length_adaptive_lambda, value_losses
 from asyncrl.learner.scan import discounted_sums
 
 Oracle = Any
@@ -114,13 +114,3 @@ def test_each_rollout_may_have_a_lambda_of_its_own() -> None:
     assert torch.equal(both[:2], gae(rewards, values, row, 1.0, 0.0)[:2])
     assert torch.equal(both[2:], gae(rewards, values, row, 1.0, 1.0)[2:])
     assert both.tolist() == pytest.approx([0.2, 0.6, 0.8, 0.6])
-
-
-def test_imitation_is_of_what_was_right_and_trainable() -> None:
-    current = torch.tensor([-1.0, -2.0, -3.0, -5.0], requires_grad=True)
-    right, mask = torch.tensor([True, True, True, False]), torch.tensor([True, False, True, True])
-    loss = imitation_loss(current, right, mask)
-    loss.backward()
-    assert loss.item() == 2.0
-    assert current.grad is not None and current.grad.tolist() == [-0.5, 0, -0.5, 0]
-    assert imitation_loss(current, ~right & right, mask).item() == 0

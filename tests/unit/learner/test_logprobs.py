@@ -71,6 +71,19 @@ def test_no_tokens_still_have_a_gradient() -> None:
     assert weight.grad is not None and not weight.grad.any()
 
 
+def test_a_frozen_weight_costs_no_gradient() -> None:
+    """As under adapters. What flows to the hidden states is the same."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(17, 8), torch.randn(11, 8), torch.randint(0, 11, (17,))
+    found = []
+    for frozen in (False, True):
+        inputs, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        token_logprobs_and_entropies(inputs, head, targets, 1.0, 4)[0].sum().backward()
+        found.append(inputs.grad)
+        assert (head.grad is None) == frozen
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
+
+
 def test_a_chunk_is_bounded_and_never_empty() -> None:
     assert chunk_rows(152_000) * 152_000 * 4 <= CHUNK_BYTES
     assert chunk_rows(10**9) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from asyncrl.learner.aggregation import token_weights
 from asyncrl.learner.columns import Columns
-from asyncrl.learner.critic_advantages import imitation_loss
 from asyncrl.learner.objective import (
     clip_bites,
     correction_acts,
@@ -167,11 +165,16 @@ def test_the_weights_of_the_correction_are_the_surrogate_s_alone() -> None:
         torch.testing.assert_close(added, 0.2 * ((-d).exp() - 1 + d) - 0.1 * each.entropy)
 
 
-def test_imitation_is_that_of_vapo(oracle: Any) -> None:
-    """Its weights give the mean over the tokens of what was right, as `imitation_loss` writes it down."""
-    current, right = oracle.flat("logp"), oracle.row % 3 == 0
-    chosen = right & oracle.mask
-    columns = _columns([[(-1.0, -1.0, -1.0, True)] * len(current)], GRPO())
-    columns = dataclasses.replace(columns, current=current, imitation=0.1 * chosen.double() / chosen.sum())
-    found = loss_of(columns, torch.zeros_like(current))
-    torch.testing.assert_close(found, 0.1 * imitation_loss(current, right, oracle.mask))
+def test_imitation_is_a_mean_over_the_tokens_of_what_was_right() -> None:
+    """Beside the surrogate, with no ratio, clip or advantage in it."""
+    objective, tokens = (
+        VAPO(),
+        [(-1.0, -1.1, -1.2, True), (-0.5, -0.4, -0.3, True), (-2.0, -2.0, -2.0, False)],
+    )
+    columns = _columns([tokens, tokens], objective)
+    right = (columns.row == 1) & columns.trainable
+    columns = dataclasses.replace(columns, imitation=0.1 * right.double() / right.sum())
+    plain = dataclasses.replace(columns, imitation=0 * columns.imitation)
+    (loss, gradient), (without, slope) = _loss(objective, columns), _loss(objective, plain)
+    assert float(loss - without) == pytest.approx(0.1 * (1.2 + 0.3) / 2)
+    torch.testing.assert_close(gradient - slope, -0.05 * right.double())

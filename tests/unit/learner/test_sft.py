@@ -96,3 +96,27 @@ def test_what_is_not_imitated_is_context_alone(tmp_path: Path) -> None:
 def test_a_folder_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="never overwritten"):
         train_sft(_config(), iter(()), tmp_path)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 12, 40])
+def test_the_step_does_not_depend_on_what_is_packed_together(
+    tokens_per_pass: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(steps=4, warmup_steps=0, learning_rate=1e-2)
+
+    def pairs() -> Iterator[Pair]:
+        draw = random.Random(1)
+        while True:
+            size = draw.choice([1, 2, 5, 20])
+            answer = [draw.randrange(10) for _ in range(size)]
+            yield [draw.randrange(10), 11], answer, [True, *(draw.random() < 0.7 for _ in range(size - 1))]
+
+    losses: list[list[float]] = []
+    for name, limit in (("whole", 10_000), ("parts", tokens_per_pass)):
+        monkeypatch.setattr("asyncrl.learner.sft.TOKENS_PER_PASS", limit)
+        seen = list[SFTProgress]()
+        train_sft(config, pairs(), tmp_path / name, progress=seen.append)
+        losses.append([progress.loss for progress in seen])
+    # From the second on, a loss shows what the gradients before it were.
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1

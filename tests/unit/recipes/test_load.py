@@ -71,6 +71,12 @@ def test_every_problem_is_told_at_once():
             'learner.lora.sync = "adapter": with learner.lora.quantise = "nf4" engines would put the adapter on',
         ),
         (["learner.lora={ ranks = 4 }"], "learner.lora.ranks = 4: unknown key; did you mean 'rank'?"),
+        (["learner.ranks=4", "learner.sharding.replicas=3"], "learner.sharding.replicas = 3: must divide"),
+        (["learner.sharding.cpu_offload=true"], "learner.sharding.cpu_offload = true: moves masters and"),
+        (
+            ["learner.sharding.activation_checkpointing=half"],
+            "learner.sharding.activation_checkpointing = 'half': Invalid enum value",
+        ),
         (["prompts.system=hello"], "prompts.system = 'hello': is used by the chat template only"),
         (["sampling.max_new_tokens=4096"], "sampling.max_new_tokens = 4096: leaves no room for a prompt"),
         (["learner.tokens_per_microbatch=16"], "learner.tokens_per_microbatch = 16: one rollout may have"),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncrl.learner import logprobs
@@ -14,11 +16,14 @@ from asyncrl.learner.lora_config import LoraConfig
 from asyncrl.learner.model import load_policy, trained_parameters
 from asyncrl.learner.optimizer import adamw
 from asyncrl.learner.rows import assemble, rows_of
+from asyncrl.learner.sharding import decoder_layers, wrap_forward
+from asyncrl.learner.sharding_config import ShardingConfig
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
 from asyncrl.recipes.model_sizes import ModelConfigError, read_shape, shape_of
 from asyncrl.recipes.plan_facts import PlanError
 from asyncrl.recipes.plan_lora import TRAINED_BYTES, adapter_parameters
 from asyncrl.recipes.plan_memory import CHUNK_BYTES, learner_memory
+from asyncrl.recipes.plan_model import DTYPE_BYTES
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151936}
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": False}
@@ -197,6 +202,49 @@ def test_activations_are_those_that_autograd_keeps(kind, dtype):
     built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     measured = saved_bytes(built.to(getattr(torch, dtype)).eval(), 2, 200) / 400
     assert shape.saved_bytes_per_token(dtype) == pytest.approx(measured, rel=0.03)
+
+
+class Tracker(TorchDispatchMode):
+    """Storages that operations made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in torch.utils._pytree.tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def living_bytes(self):
+        return sum(nbytes for ref, nbytes in self.made.values() if not ref.expired())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_computed_again_is_not_kept(dtype):
+    """After the forward pass only what enters each layer is left; backward then needs one layer's own at a time."""
+    config = sizes(128, 320, 6, 4, 2) | {"model_type": "qwen3", "vocab_size": 50, "head_dim": 32}
+    shape = shape_of(config, "qwen3")
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    built = built.to(getattr(torch, dtype)).eval()
+    for layer in decoder_layers(built):
+        wrap_forward(layer, ShardingConfig(activation_checkpointing="full"))
+    with Tracker() as tracker:
+        out = built.get_decoder()(
+            input_ids=torch.randint(0, 50, (2, 200)), attention_mask=None, use_cache=False
+        )
+    own = {p.untyped_storage()._cdata for p in built.parameters()}
+    tracker.made = {key: each for key, each in tracker.made.items() if key not in own}
+    left = tracker.living_bytes() / 400
+    recomputed = shape.saved_bytes_per_token(dtype, recomputed=True)
+    plain = shape.saved_bytes_per_token(dtype)
+    one_layer = (plain - recomputed + 6 * 128 * DTYPE_BYTES[dtype]) / 5
+    assert recomputed - one_layer == pytest.approx(left, rel=0.03)
+    assert recomputed < plain / 2
+    out.last_hidden_state.sum().backward()  # and it is enough
 
 
 def test_what_cannot_be_planned_for_is_told(tmp_path):

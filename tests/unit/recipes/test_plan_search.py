@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from asyncrl.learner.sharding_config import ShardingConfig
 from asyncrl.recipes.gpus import GPUS, ClusterEntry, GPUConfig
 from asyncrl.recipes.plan import PlanError, ask, make_plan
 from asyncrl.recipes.plan_facts import Efficiency, Misfit, Workload
@@ -16,7 +17,7 @@ from asyncrl.recipes.plan_memory import EngineFit, LearnerFit, fit_engine, fit_l
 from asyncrl.recipes.plan_model import ModelShape
 from asyncrl.recipes.plan_pacing import CHUNKS, WAITING, WORTH, share_out, solve, straggling
 from asyncrl.recipes.plan_search import search
-from asyncrl.recipes.plan_speed import EngineSpeed
+from asyncrl.recipes.plan_speed import EngineSpeed, learner_time
 
 SETTINGS = settings(max_examples=25, deadline=None)
 EFF = Efficiency()
@@ -160,6 +161,44 @@ def test_numbers_are_named_where_a_shape_does_not_fit():
     assert f"state {2 * big.parameters / 1e9:,.1f} GB (16 bytes x" in learner.reason
     heads = fit_engine(decoder(heads=16), "H100", GPUS["H100"], 3, work(), EFF)
     assert isinstance(heads, Misfit) and "cannot share 16 attention heads" in heads.reason
+
+
+def learner_with(ranks=8, load=None, **sharding):
+    load = load or work(sharding=ShardingConfig(**sharding))
+    model = decoder(hidden=4096, layers=32, heads=32, kv_heads=8)
+    huge = msgspec.structs.replace(GPUS["H100"], memory_bytes=1e15)
+    return fit_learner(model, "H100", huge, ranks, load, EFF)
+
+
+def test_sharding_shows_in_the_memory():
+    plain, two = learner_with(), learner_with(replicas=2)
+    assert two.state_bytes == 2 * plain.state_bytes == learner_with(ranks=4).state_bytes
+    assert learner_with(replicas=8).gathered_bytes == learner_with(ranks=1).gathered_bytes
+    assert learner_with(reshard_after_forward=False).gathered_bytes > plain.gathered_bytes
+    assert learner_with(activation_checkpointing="full").activation_bytes < plain.activation_bytes / 5
+    assert learner_with(cpu_offload=True).state_bytes == 0
+    assert learner_with(reduce_dtype="bfloat16").gathered_bytes < plain.gathered_bytes
+    misfit = learner_with(replicas=3)
+    assert (
+        isinstance(misfit, Misfit)
+        and misfit.reason == "learner.sharding.replicas = 3 does not divide 8 ranks"
+    )
+
+
+def test_computing_again_takes_a_third_more_and_replicas_spare_the_slow_link():
+    model, entry = decoder(hidden=4096, layers=32, heads=32, kv_heads=8), fleet(("H100", 8, 2))[0]
+
+    def time(**sharding):
+        load = work(sharding=ShardingConfig(**sharding))
+        fit = learner_with(16, load)
+        return learner_time(
+            model, entry, GPUS["H100"], 16, fit, load, EFF, wire_dtype="bfloat16", across_nodes=False
+        )
+
+    plain = time()
+    assert 1.3 < time(activation_checkpointing="full").compute_s / plain.compute_s < 4 / 3
+    assert time(replicas=2).traffic_s < plain.traffic_s / 2
+    assert time(reshard_after_forward=False).traffic_s < plain.traffic_s
 
 
 # ---- lengths -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
 from asyncrl.recipes import load_recipe
+from asyncrl.recipes.learner_checks import part_bytes
 from asyncrl.recipes.model_folder import ModelFolderError, inspect_model
 from asyncrl.recipes.model_sizes import read_shape
 from asyncrl.recipes.preflight import preflight
@@ -58,6 +59,43 @@ def test_a_sound_recipe_has_no_problem_and_knows_the_model(tmp_path):
 )
 def test_each_lack_is_named(tmp_path, overrides, words):
     assert any(words in problem for problem in found(tmp_path, *overrides))
+
+
+PPO = ['learner.objective={ type = "ppo" }']
+GRPO_KL = [
+    'learner.objective={ type = "grpo", kl = { estimator = "k3", coefficient = 0.1, place = "loss" } }'
+]
+
+
+@pytest.mark.parametrize(("key", "objective"), [("critic", PPO), ("reference", GRPO_KL)])
+def test_the_learner_s_other_models_are_looked_at_too(tmp_path, key, objective):
+    there = write_model(tmp_path / "other")
+    short = write_model(tmp_path / "short", limit=64)
+    assert found(tmp_path, *objective, f'learner.{key}={{ path = "{there}" }}') == []
+    (problem,) = found(tmp_path, *objective, f'learner.{key}={{ path = "{tmp_path / "nowhere"}" }}')
+    assert f"learner.{key}.path" in problem and "is no model folder" in problem
+    (problem,) = found(tmp_path, *objective, f'learner.{key}={{ path = "{short}" }}')
+    assert "was made for 64 tokens at most" in problem
+
+
+def test_memory_of_critic_and_reference_is_counted(tmp_path):
+    model = inspect_model(write_model(tmp_path / "model"))
+    larger = write_model(tmp_path / "larger", shape=(32, 8))
+
+    def bytes_of(*overrides):
+        recipe = load_recipe(ROOT / "recipes" / "quickstart.toml", list(overrides))
+        return part_bytes(recipe, model)
+
+    assert bytes_of() == 0
+    assert bytes_of(*PPO) == 16 * 128
+    assert bytes_of(*PPO, f'learner.critic={{ path = "{larger}" }}') == 16 * 256
+    assert bytes_of(*GRPO_KL) == 4 * 128
+    assert bytes_of(*GRPO_KL, "learner.dtype=bfloat16") == 2 * 128
+    assert bytes_of(*GRPO_KL, "learner.lora={ rank = 4 }") == 0
+    assert (
+        bytes_of(*GRPO_KL, "learner.lora={ rank = 4 }", f'learner.reference={{ path = "{larger}" }}')
+        == 4 * 256
+    )
 
 
 def write_judge(folder, architecture="Qwen2ForSequenceClassification", template=True, **config):

@@ -100,3 +100,14 @@ def test_each_of_them_alone_is_refused(override):
 
 def test_a_fake_engine_may_work_on_several():
     assert recipe(*EXACT[:2], "pools.0.engine=fake").pools[0].concurrency > 1
+
+
+def test_what_is_not_set_and_what_is_empty_are_the_same():
+    bare, named = (
+        recipe("learner.objective.type=ppo"),
+        recipe("learner.objective.type=ppo", 'learner.critic.path=""'),
+    )
+    assert bare != named
+    assert changes_refused(bare, named) == [] and fixed_digest(bare) == fixed_digest(named)
+    other = recipe("learner.objective.type=ppo", "learner.critic.path=elsewhere")
+    assert changes_refused(bare, other)[0].path == "learner.critic.path"

@@ -165,3 +165,11 @@ def test_spread_labels_never_overlap_nor_move_down(heights, gap):
     assert all(after >= before for before, after in zip(heights, moved, strict=True))
     ordered = sorted(moved)
     assert all(high - low >= gap - 1e-6 for low, high in itertools.pairwise(ordered))
+
+
+def test_what_was_done_again_after_a_resume_is_drawn_once(tmp_path, step_facts, evaluation_facts):
+    done = [*map(step_facts, (1, 2, 3, 4)), evaluation_facts(4, 1, 4), *map(step_facts, (5, 6))]
+    again = [*map(step_facts, (4, 5)), evaluation_facts(5, 3, 4)]
+    recorded = load(written(tmp_path, [evaluation_facts(0, 1, 4), *done, *again]))
+    assert [fact.step for fact in recorded.steps] == [1, 2, 3, 4, 5]
+    assert [fact.step for fact in recorded.evaluations] == [0, 5]
