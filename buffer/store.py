@@ -63,7 +63,9 @@ def lacks_of_snapshot(folder: Path, step: int) -> str:
     state = base.path_of(folder, snapshot.generation)
     if not state.is_file() or base.decode(state.read_bytes()) is None:
         return f"{state} is damaged or not there"
-    gone = [generation for generation in snapshot.needs if not file_of(folder, "segments", generation).is_file()]
+    gone = [
+        generation for generation in snapshot.needs if not file_of(folder, "segments", generation).is_file()
+    ]
     return f"tokens of generations {gone} are not there" if gone else ""
 
 

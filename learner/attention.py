@@ -52,7 +52,7 @@ class Packing:
             yield len(list(group)), length
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -92,17 +92,13 @@ def packed_attention(
 def _check_wishes(
     module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]
 ) -> None:
-    wishes = {name: wish for name, wish in others.items() if name not in _NOT_FOR_ATTENTION}
-    # Flags that are off (`output_attentions`) and what is not there (`s_aux`, `softcap`) ask for nothing.
-    more = sorted(name for name, wish in wishes.items() if wish is not None and wish is not False)
+    wishes = {"attention_mask": mask, "dropout": dropout or None}
+    wishes |= {name: wish for name, wish in others.items() if name not in _NOT_FOR_ATTENTION}
     causal = wishes.pop("is_causal", None)
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    more = [name for name in more if name != "is_causal"]
-    more += (
-        ["attention_mask"] * (mask is not None)
-        + ["dropout"] * bool(dropout)
-        + ["no causality"] * (not causal)
-    )
+    # Flags that are off (`output_attentions`) and what is not there (`s_aux`, `softcap`) ask for nothing.
+    more = [name for name, wish in wishes.items() if wish is not None and wish is not False]
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        more.append("no causality")
     if more:
         raise ValueError(
             f"{type(module).__name__} hands its attention {', '.join(more)}, which attention over packed rollouts does not "
@@ -117,16 +113,20 @@ def _ragged(
     longest = max(packing.lengths)
     # The kernel counts how many positions are seen to the left of one's own; -1: all.
     left = -1 if window is None or longest <= window else window - 1
-    out: torch.Tensor = varlen_attn(
-        *(row.contiguous() for row in rows),
+    query, key, value = (row.contiguous() for row in rows)
+    out = varlen_attn(
+        query,
+        key,
+        value,
         packing.starts,
         packing.starts,
         longest,
         longest,
         scale=scaling,
         window_size=(left, 0),
-        enable_gqa=rows[0].shape[1] != rows[1].shape[1],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, torch.Tensor), "the normalisers come only if they are asked for"
     return out
 
 

@@ -35,7 +35,7 @@ class CriticStep:
         values = whole_column(parts, self._critic.values_no_grad, like, self._stopwatch)
         every = torch.arange(len(values), device=values.device)
         sampled = torch.from_numpy(batch.sampled).to(values.device)
-        self._descent.check(batch, every, values.sum(-1), sampled)
+        self._descent.check(batch, every, values.sum(-1), sampled, "value")
         return values
 
     def minibatch(

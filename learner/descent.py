@@ -53,15 +53,20 @@ class Descent:
         return outputs
 
     def check(
-        self, batch: Batch, places: torch.Tensor, losses: torch.Tensor, trainable: torch.Tensor
+        self,
+        batch: Batch,
+        places: torch.Tensor,
+        numbers: torch.Tensor,
+        chosen: torch.Tensor,
+        what: str = "loss",
     ) -> None:
-        """Raises `NonFiniteLoss`, on every rank alike, if a trainable token's loss is not finite. [tokens] of `places` each."""
-        wrong = places[~losses.isfinite() & trainable]
+        """Raises `NonFiniteLoss`, on every rank alike, if a chosen token's number is not finite. [tokens] of `places` each."""
+        wrong = places[~numbers.isfinite() & chosen]
         if len(wrong):
             self._trained.forget_gradients()
             rows = np.unique(batch.sequences.row_of_token()[wrong.cpu().numpy()])
             raise NonFiniteLoss(
-                f"{self._name}: loss is not finite on {len(wrong)} tokens", culprits_of(batch, rows)
+                f"{self._name}: {what} is not finite on {len(wrong)} tokens", culprits_of(batch, rows)
             )
 
     def step(self, batch: Batch, rows: np.ndarray, *, skip: bool) -> float:

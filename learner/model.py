@@ -37,8 +37,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.lora = lora
-        self.even_length = even_length(lm)
         self._parts = _Parts(lm)
+        self.even_length = even_length(lm)
 
     def forward(self, part: MicroBatch, temperature: float, with_entropy: bool = False) -> torch.Tensor:
         """Logprobs of `part.targets`: [tokens] float32; `with_entropy` [2, tokens], the entropies of their distributions below
@@ -109,22 +109,15 @@ def even_length(lm: PreTrainedModel) -> float:
     pair of positions and channel, half of the square of the length.
     """
     config = lm.config.get_text_config()
-    experts = next(
-        (
-            getattr(config, name)
-            for name in ("num_experts", "num_local_experts", "n_routed_experts")
-            if getattr(config, name, None)
-        ),
-        1,
-    )
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
-    weights = sum(
-        parameter.numel() * (chosen / experts if ".experts." in name else 1.0)
-        for name, parameter in lm.named_parameters()
-    )
-    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-    if embedding is not head:
-        weights -= embedding.numel()
+    counts = [
+        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    ]
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / next(filter(None, counts), 1)
+    unread = lm.get_input_embeddings().weight
+    weights = 0.0
+    for name, parameter in lm.named_parameters():
+        if parameter is not unread or parameter is lm.get_output_embeddings().weight:
+            weights += parameter.numel() * (share if ".experts." in name else 1.0)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return float(weights / (config.num_hidden_layers * config.num_attention_heads * size))
 

@@ -79,4 +79,4 @@ def _outputs_of(
 ) -> list[torch.Tensor]:
     rows = rows_of([(row[:1], row[1:]) for row in rollouts])
     out = outputs(assemble(rows, np.arange(len(rollouts))).to(device)).float().cpu()
-    return list(out.split([len(row) - 1 for row in rollouts]))
+    return list(torch.split(out, [len(row) - 1 for row in rollouts]))

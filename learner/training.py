@@ -97,6 +97,7 @@ class Training:
             self._minibatch(batch, one, columns, first=index == 0, policy_trains=policy_trains)
             for index, one in enumerate(minibatches)
         ]
+        seconds = self._stopwatch.now() - start_s
         multiplier = self._constraint.multiplier if self._constraint else float("nan")
         self._count(batch)
         return StepMetrics(
@@ -106,7 +107,7 @@ class Training:
             **self._stopwatch.take(),
             cost_multiplier=multiplier,
             tokens_padded=self._padding(minibatches),
-            step_s=(seconds := self._stopwatch.now() - start_s),
+            step_s=seconds,
             tokens_per_s=float(batch.sequences.lengths.sum()) / seconds,
         )
 

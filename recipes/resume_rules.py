@@ -85,7 +85,7 @@ def _at(tables: Any, path: str) -> Any:
         if not isinstance(tables, dict):
             return None
         tables = tables.get(key)
-    return tables or None
+    return None if tables in ("", {}, []) else tables
 
 
 def _shown(value: Any) -> str:

@@ -103,7 +103,7 @@ def step_facts(
             "clip_fraction": metrics.clip_fraction,
             "importance_mean": metrics.importance_mean,
             "importance_capped": metrics.importance_capped,
-            **_parts(metrics),
+            **part_figures(metrics),
             "drift_k3": _number(metrics.drift_k3),
             "drift_max": _number(metrics.drift_max),
             "tokens_padded": metrics.tokens_padded,
@@ -116,7 +116,7 @@ def step_facts(
     )
 
 
-def _parts(metrics: StepMetrics) -> dict[str, float]:
+def part_figures(metrics: StepMetrics) -> dict[str, float]:
     """Of critic, reference and costs, where the objective has them."""
     names = ("value_loss", "critic_grad_norm", "critic_learning_rate", "explained_variance", "kl_reference")
     known = {name: value for name in names if not math.isnan(value := getattr(metrics, name))}

@@ -5,8 +5,8 @@
 Same model, rollouts, optimizer and token budget of a micro-batch (in which padded tokens count); each side in a process of its
 own, steps in turns, the first of each left out. Tokens are prompt and answer tokens without padding; a step is forward,
 backward, clip and AdamW. Losses and gradient norms of the sides are compared: the tool ends with 1 if they differ by more than
-1e-3 of their size. Peak memory is the process's resident set, the model and Python with it, at its highest and what of it came
-with the steps.
+1e-3 of their size. On a machine that others use as well, CPU seconds say more than seconds. Peak memory is the process's
+resident set, the model and Python with it, at its highest and what of it came with the steps.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def write_model(folder: str, args: argparse.Namespace) -> int:
     """A Qwen2 with random weights; its parameters."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(args.seed)
     config = Qwen2Config(
         vocab_size=args.vocabulary,
@@ -123,6 +125,7 @@ class Side:
             "step_s": statistics.median(seconds),
             "least_s": min(seconds),
             "most_s": max(seconds),
+            "cpu_s": statistics.median(step["cpu_s"] for step in self.steps[1:]),
             "padding_percent": 100 * (self.steps[-1]["computed_tokens"] / tokens - 1),
             "peak_mb": peak,
             "steps_mb": peak - self.loaded_mb,
@@ -176,6 +179,7 @@ def show(result: dict[str, Any]) -> None:
         "tokens/s",
         "times",
         "step s",
+        "cpu s",
         "padding",
         "peak MB",
         "of steps",
@@ -189,11 +193,12 @@ def show(result: dict[str, Any]) -> None:
             name,
             f"{own['tokens_per_s']:,.0f}",
             f"{own['tokens_per_s'] / first['tokens_per_s']:.2f}",
-            f"{own['step_s']:.2f} ({own['least_s']:.2f}-{own['most_s']:.2f})",
+            f"{own['step_s']:.1f} ({own['least_s']:.1f}-{own['most_s']:.1f})",
+            f"{own['cpu_s']:.1f}",
             f"{own['padding_percent']:.0f} %",
             f"{own['peak_mb']:,.0f}",
             f"{own['steps_mb']:,.0f}",
-            f"{own['loss']:.6f}",
+            f"{own['loss']:.5f}",
             f"{own['grad_norm']:.5f}",
         )
     Console(width=WIDTH).print(table)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from asyncrl.learner.config import LearnerConfig
 from asyncrl.learner.objective_config import GRPO, Truncated
@@ -39,6 +40,7 @@ def resident_mb(field: str) -> float:
 def run_side(pipe: Any, side: str, folder: str, table: pa.Table, budget: int, threads: int) -> None:
     """Loads, then a step for each message until None comes. Sends what each step gives."""
     torch.set_num_threads(threads)
+    logging.disable_progress_bar()
     runner = (
         Packed(folder, budget, threads)
         if side == "packed"
@@ -47,9 +49,10 @@ def run_side(pipe: Any, side: str, folder: str, table: pa.Table, budget: int, th
     loaded = resident_mb("VmRSS")
     pipe.send({"loaded_mb": loaded})
     while pipe.recv() is not None:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         figures = runner.step(table)
-        pipe.send({**figures, "seconds": time.perf_counter() - start, "peak_mb": resident_mb("VmHWM")})
+        took = {"seconds": time.perf_counter() - start, "cpu_s": time.process_time() - busy}
+        pipe.send({**figures, **took, "peak_mb": resident_mb("VmHWM")})
 
 
 class Packed:

@@ -89,7 +89,8 @@ def check_metrics(folder):
     assert len(backwards) <= 3 and all(b <= a + 1 for a, b in backwards)
     assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(facts))
     stalls = [fact.checkpoint_stall_s for fact in facts if isinstance(fact, StepFacts)]
-    assert sum(stall > 0 for stall in stalls) >= STEPS // 3
+    # One may be of the step that the stop cut short.
+    assert sum(stall > 0 for stall in stalls) >= STEPS // 3 - 1
     checkpoints = sorted(path.parent.name for path in folder.checkpoints.glob("*/run.json"))
     assert checkpoints == [f"step-{STEPS - 3}", f"step-{STEPS}"]
     newest = msgspec.json.decode((folder.checkpoints / f"step-{STEPS}" / "run.json").read_bytes())

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,13 +9,13 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from rank_processes import run_ranks
 from safetensors.numpy import load_file
 
 from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.metrics import StepMetrics
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
 
-DEADLINE_S = 250
 TOLERANCE = 1e-5
 
 RANK = textwrap.dedent(
@@ -167,34 +162,6 @@ def _write(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def _run(folder: Path, out: Path, ranks: int, script: str = RANK, *more: str) -> None:
-    """`more`: a learner for each, which meet at addresses of their own; without it one."""
-    out.mkdir()
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in more or ("one",)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        addresses = ",".join(f"127.0.0.1:{free.getsockname()[1]}" for free in sockets)
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(folder), str(out), str(rank), str(ranks), addresses, *more],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=DEADLINE_S)
-            assert process.returncode == 0, errors[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(timeout=10)
-
-
 def _report(out: Path, rank: int) -> tuple[list[StepMetrics], list[float], str]:
     raw = (out / f"report-{rank}").read_bytes()
     return msgspec.msgpack.decode(raw, type=tuple[list[StepMetrics], list[float], str])
@@ -202,8 +169,8 @@ def _report(out: Path, rank: int) -> tuple[list[StepMetrics], list[float], str]:
 
 def test_two_ranks_do_what_one_does(folder: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    _run(folder, one, 1)
-    _run(folder, two, 2)
+    run_ranks(RANK, folder, one, 1)
+    run_ranks(RANK, folder, two, 2)
     want = load_file(one / "weights-0")
     for rank in range(2):
         found = load_file(two / f"weights-{rank}")
@@ -225,8 +192,8 @@ def test_two_ranks_do_what_one_does(folder: Path, tmp_path: Path) -> None:
 
 def test_two_ranks_have_the_gradient_of_one_whatever_the_objective(folder: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    _run(folder, one, 1, GRADIENTS, *OBJECTIVES)
-    _run(folder, two, 2, GRADIENTS, *OBJECTIVES)
+    run_ranks(GRADIENTS, folder, one, 1, *OBJECTIVES)
+    run_ranks(GRADIENTS, folder, two, 2, *OBJECTIVES)
     want = load_file(one / "weights-0")
     metrics, _, _ = _report(one, 0)
     for rank in range(2):

@@ -124,5 +124,7 @@ def test_a_rank_holds_its_share_of_the_model_and_never_more(tmp_path: Path) -> N
         told = [msgspec.json.decode((out / f"told-{rank}").read_bytes()) for rank in range(ranks)]
         assert all(whole > 180e6 for _, whole in told)
         shares[ranks] = [peak / whole for peak, whole in told]
-    assert 0.9 < shares[1][0] < 1.2, shares
-    assert all(0.45 < share < 0.6 for share in shares[2]), shares
+    # Beside its share a rank has the tensor that it is reading, and what malloc does not give back at once.
+    (whole,) = shares[1]
+    assert 0.9 < whole < 1.3, shares
+    assert all(0.45 < share < 0.7 and share < 0.6 * whole for share in shares[2]), shares

@@ -66,10 +66,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("ranks", CASES)
-def test_gradients_are_those_of_one_rank(
+def test_gradients_are_normalised_over_the_global_token_count(
     folder: Path, one_rank: dict[str, np.ndarray], tmp_path: Path, ranks: int
 ) -> None:
-    """Normalised over the tokens of the whole minibatch, whoever has them."""
+    """Whoever has the tokens, they are those of one rank."""
     run_ranks(SCRIPT, folder, tmp_path / "out", ranks, *CASES[ranks].values())
     found = load_file(tmp_path / "out" / "gradients")
     for index, case in enumerate(CASES[ranks]):

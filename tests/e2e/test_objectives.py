@@ -9,7 +9,7 @@ from asyncrl.runtime.metrics import read_facts
 from tests.e2e.runs import launched, tiny_model
 
 REWARD = """
-def judge(payload, answer_text):
+def judge(answer_text, payload):
     return {"reward": float(len(answer_text) % 3 == 0), "cost": len(answer_text) / 10}
 """
 
@@ -21,9 +21,11 @@ CASES = {
     "remax": (
         'learner.objective={ type = "remax", cost = { limit = 0.0 }, '
         'kl = { estimator = "k3", coefficient = 0.01, place = "loss" } }',
-        'rewards.terms=[{ function = "judge:judge" }]',
     ),
 }
+
+
+JUDGE = 'rewards.terms=[{ function = "judge:judge" }]'
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_has_what_its_objective_needs(tmp_path, model, name):
     (tmp_path / "judge.py").write_text(REWARD)
-    with launched(tmp_path, model, "run.steps=4", *CASES[name]) as run:
+    with launched(tmp_path, model, "run.steps=4", JUDGE, *CASES[name]) as run:
         assert run.end() == 0, run.text
     steps = [fact for fact in read_facts(run.folder / "metrics.jsonl") if isinstance(fact, StepFacts)]
     learner = [fact.learner for fact in steps]

@@ -51,6 +51,7 @@ PURE = (
     "generators/reward_batching.py",
     "generators/score.py",
     "generators/slots.py",
+    "learner/division.py",
     "learner/lora_config.py",
     "learner/objective_config.py",
     "learner/faults.py",

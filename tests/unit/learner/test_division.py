@@ -67,15 +67,15 @@ def test_no_two_ranks_differ_by_more_than_the_longest_row(lengths: list[int], li
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_are_even_on_a_long_tail(ranks: int, seed: int) -> None:
-    """Tokens within 5 %, cost within 5 %, and so is what a step waits for: the slowest rank of each pass."""
+    """In what they cost, and in what a step waits for: the slowest rank of each pass. So nearly in tokens as well."""
     lengths, even_length = long_tailed(1024, seed), 12 * 1024.0
     cost = lengths * (1 + lengths / even_length)
     parts = divide(lengths, 16_384, ranks, even_length)
-    for weights in (lengths, cost):
+    for weights, bound in ((lengths, 1.06), (cost, 1.01)):
         total = loads(parts, weights)
-        assert total.max() <= 1.05 * total.mean()
+        assert total.max() <= bound * total.mean()
     slowest = sum(max(cost[own[turn]].sum() for own in parts) for turn in range(len(parts[0])))
-    assert slowest <= 1.05 * cost.sum() / ranks
+    assert slowest <= 1.02 * cost.sum() / ranks
     assert len(parts[0]) <= -(-lengths.sum() // (16_384 * ranks)) + 1
 
 

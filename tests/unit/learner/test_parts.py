@@ -145,7 +145,7 @@ def test_values_that_are_not_finite_are_a_fault_before_anything_moves(
     one = learner(objective=PPO())
     one.trained["critic"].parameters["head.bias"].data.to_local().fill_(math.nan)
     before = _masters(one, "policy")
-    with pytest.raises(NonFiniteLoss, match=r"critic: loss is not finite on \d+ tokens: rollouts 100 "):
+    with pytest.raises(NonFiniteLoss, match=r"critic: value is not finite on \d+ tokens: rollouts 100 "):
         one.train(make_table(), 4)
     assert _same(before, _masters(one, "policy")) and one.extra_state() == {"batches": 0}
 
@@ -174,6 +174,14 @@ def test_the_reference_is_the_model_that_the_run_started_from(
     seen = [one.train(make_table(), 4).kl_reference for _ in range(4)]
     assert seen[0] == pytest.approx(0, abs=1e-9)
     assert 1e-4 < seen[1] < seen[3]
+
+
+def test_a_reference_in_half_precision_says_what_the_policy_says(learner: Open, make_table: Tables) -> None:
+    """It is stored as the policy's float32 masters are rounded for a pass: before any step there is no difference at all."""
+    one = learner(objective=PPO(kl=KL_IN_LOSS), dtype="bfloat16", critic=CriticConfig(warmup_steps=1))
+    first, second = one.train(make_table(), 4), one.train(make_table(), 4)
+    assert first.kl_reference == second.kl_reference == 0
+    assert second.value_loss != first.value_loss and math.isfinite(second.loss)
 
 
 def test_a_kl_holds_the_policy_near(learner: Open, make_table: Tables) -> None:

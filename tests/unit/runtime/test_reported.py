@@ -1,14 +1,16 @@
 """What the buffer reports, on its way to the view and the metrics."""
 
+import math
 import time
 from pathlib import Path
 
 import msgspec
 
+from asyncrl.learner.metrics import StepMetrics
 from asyncrl.recipes import load_recipe
 from asyncrl.runtime.facts import ENGINES_WAIT, LEARNER_WAITS
 from asyncrl.runtime.observer import Observer
-from asyncrl.runtime.reported import Waits, buffer_facts
+from asyncrl.runtime.reported import Waits, buffer_facts, part_figures
 from tests.buffers import buffer_service
 
 RECIPE = load_recipe(Path(__file__).resolve().parents[3] / "recipes" / "quickstart.toml")
@@ -74,3 +76,18 @@ def test_a_full_disk_is_noted_once_when_it_begins_and_once_when_it_ends(tmp_path
         "the buffer's disk has room again; the run goes on",
     ]
     assert len(recorder.written) == 5
+
+
+def test_figures_of_critic_reference_and_costs_are_told_where_there_are_any():
+    plain = StepMetrics(**dict.fromkeys(StepMetrics.__struct_fields__, math.nan))
+    assert part_figures(plain) == {}
+    some = msgspec.structs.replace(plain, value_loss=0.5, explained_variance=-1.0, cost_mean=0.25)
+    assert part_figures(some) == {"value_loss": 0.5, "explained_variance": -1.0}
+    costly = msgspec.structs.replace(some, cost_multiplier=2.0, kl_reference=0.0)
+    assert part_figures(costly) == {
+        "value_loss": 0.5,
+        "explained_variance": -1.0,
+        "kl_reference": 0.0,
+        "cost_mean": 0.25,
+        "cost_multiplier": 2.0,
+    }
