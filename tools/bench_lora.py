@@ -1,17 +1,14 @@
-"""Training every weight, LoRA and QLoRA, and engines that get merged weights or the adapter alone: time, memory, bytes, in one run.
+"""Training every weight, LoRA and QLoRA: time, memory and bytes of a version, in one run.
 
-    python tools/bench_lora.py --json out.json                   # learners
-    python tools/bench_lora.py --engines --json out.json         # vLLM on the CPU: tokens/s and seconds of an update
+    python tools/bench_lora.py --json out.json
 
-Learners: one GRPO step over the same rollouts, each learner in a process of its own, steps in turns, the first left out. `state`
+One GRPO step over the same rollouts, each learner in a process of its own, steps in turns, the first left out. `state`
 is what it holds between steps (weights, gradients left out, AdamW); `peak` is the resident set at its highest, Python and all.
-Engines: both up at once, rounds in turns, medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import multiprocessing
 import statistics
@@ -91,74 +88,6 @@ def _answer(name: str, pipe: Any) -> Any:
     return pipe.recv()
 
 
-async def bench_engines(args: argparse.Namespace, folder: str) -> dict[str, dict[str, float]]:
-    from asyncrl.generators.config import PoolConfig
-    from asyncrl.generators.vllm_engine import VLLMEngine
-    from asyncrl.learner.config import LearnerConfig
-    from asyncrl.learner.lora_config import LoraConfig
-    from asyncrl.learner.step import Learner
-    from asyncrl.weight_sync.slots import Slots
-
-    pool = PoolConfig(
-        name="bench", device="cpu", concurrency=args.slots, cores=1, kv_cache_bytes=2**28, dtype="float32"
-    )
-    taken: dict[str, list[dict[str, float]]] = {"merged": [], "adapter": []}
-    engines, offers = {}, {}
-    for sync in taken:
-        lora = LoraConfig(rank=args.rank, sync=sync)  # type: ignore[arg-type]
-        learner = Learner(LearnerConfig(device="cpu", lora=lora), folder, 1.0)
-        plan = learner.plan(2**28, "float32")
-        slots = Slots(f"bench-lora-{sync}", plan)
-        offers[sync] = (slots, [_offer(slots, plan, learner, version) for version in range(args.rounds + 1)])
-        learner.close()
-        rank = args.rank if sync == "adapter" else 0
-        engines[sync] = VLLMEngine(pool, folder, f"bench-{sync}", args.prompt_tokens + 128, adapter_rank=rank)
-        await engines[sync].start()
-    try:
-        for version in range(args.rounds + 1):
-            for sync, engine in engines.items():
-                figures = await _round(engine, offers[sync][1][version], args, version)
-                taken[sync].append({**figures, "version_mb": offers[sync][1][0].plan.total_bytes / 2**20})
-    finally:
-        for sync, engine in engines.items():
-            await engine.shutdown()
-            offers[sync][0].close()
-    return {sync: _medians(each[1:]) for sync, each in taken.items()}
-
-
-def _offer(slots: Any, plan: Any, learner: Any, version: int) -> Any:
-    """The same bytes for every version, in one slot: nothing is written while an engine reads."""
-    from asyncrl.weight_sync.wire import Offer
-
-    slot = slots.next()
-    checksums = tuple(slot.fill(bucket, learner.gather(bucket)) for bucket in plan.buckets)
-    return Offer(version=version, transport="shm", location=str(slot.path), plan=plan, checksums=checksums)
-
-
-async def _round(engine: Any, offer: Any, args: argparse.Namespace, version: int) -> dict[str, float]:
-    from asyncrl.generators.engine import GenerationRequest
-
-    start = time.perf_counter()
-    await engine.stage(offer)
-    staged = time.perf_counter()
-    await engine.apply(offer)
-    applied = time.perf_counter()
-
-    async def one(index: int) -> int:
-        request = GenerationRequest(
-            request_id=f"{version}-{index}",
-            tokens=[(index + i) % args.vocabulary for i in range(args.prompt_tokens)],
-            max_new_tokens=128,
-            temperature=1.0,
-            stop_token_ids=(),
-        )
-        return sum([len(chunk.tokens) async for chunk in engine.generate(request)])
-
-    tokens = sum(await asyncio.gather(*(one(index) for index in range(args.slots))))
-    seconds = time.perf_counter() - applied
-    return {"tokens_per_s": tokens / seconds, "stage_s": staged - start, "apply_s": applied - staged}
-
-
 def _medians(taken: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(each[name] for each in taken) for name in taken[0]}
 
@@ -187,17 +116,16 @@ def main() -> int:
         "rounds": 5,
     }
     sizes |= {"prompts": 4, "rollouts": 4, "prompt_tokens": 32, "median": 120, "longest": 1000, "seed": 0}
-    sizes |= {"tokens": 4096, "threads": 1, "slots": 16}
+    sizes |= {"tokens": 4096, "threads": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--sigma", type=float, default=0.8, help="of the lengths' logarithm")
     parser.add_argument("--wire", default="bfloat16", help="type of what is sent")
-    parser.add_argument("--engines", action="store_true", help="engines instead of learners")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="asyncrl-bench-") as folder:
         parameters = write_model(folder, args)
-        found = asyncio.run(bench_engines(args, folder)) if args.engines else bench_learners(args, folder)
+        found = bench_learners(args, folder)
     show(found, f"{parameters / 1e6:.1f} M parameters, adapters of rank {args.rank}")
     if args.json:
         args.json.write_text(
