@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 def test_evaluations_during_a_run(tmp_path, model, one_version):
     with launched(tmp_path, model, *SETTINGS, f"evaluation.one_version={one_version}") as run:
         run.wait_for(r"^note +held-out accuracy at step 0")
-        assert run.status()["snapshot"]["held_out"]["step"] == 0
+        run.wait_until(lambda: run.status()["snapshot"]["held_out"]["step"] == 0, timeout_s=20)
         assert run.end() == 0, run.text
     facts = list(read_facts(run.folder / "metrics.jsonl"))
     steps = [fact.step for fact in facts if isinstance(fact, StepFacts)]

@@ -30,7 +30,10 @@ ASYNCRL = [sys.executable, "-P", "-m", "asyncrl.runtime.cli"]
 @pytest.fixture
 def make_run(tmp_path):
     def make(name="run", *overrides):
-        recipe = load_recipe(QUICKSTART, [f"run.name={name}", f"run.folder={tmp_path}/runs", *overrides])
+        model = tmp_path / "model"
+        model.mkdir(exist_ok=True)
+        mine = [f"run.name={name}", f"run.folder={tmp_path}/runs", f"model.path={model}"]
+        recipe = load_recipe(QUICKSTART, [*mine, *overrides])
         return new_run_folder(recipe), recipe
 
     return make
