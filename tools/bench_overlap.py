@@ -104,10 +104,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--staleness", type=int, default=2, help="bound of the asynchronous side, in versions"
     )
-    parser.add_argument("--step-s", type=float, default=0.012, help="sleep of one decode step")
-    parser.add_argument("--median", type=float, default=60.0, help="median answer, in tokens")
+    parser.add_argument("--step-s", type=float, default=0.04, help="sleep of one decode step")
+    parser.add_argument("--median", type=float, default=20.0, help="median answer, in tokens")
     parser.add_argument("--sigma", type=float, default=0.8, help="of the lognormal lengths")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the learner's model")
+    parser.add_argument("--hidden", type=int, default=512, help="width of the learner's model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -220,7 +220,7 @@ def _show(result: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in result["rows"]:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console = Console()
+    console = Console(width=130)
     console.print(table)
     console.print(
         f"T_generate {result['generate_s']:.2f} s, T_train {result['train_s']:.2f} s: asynchronous is "
