@@ -1,6 +1,7 @@
 """One start of a run's parts, from Ray to the end of every process below this one. Called by `launch`.
 
     SIGINT or SIGTERM once: stop, hand rollouts back, write the summary, within `STOP_S`.   Twice: kill everything at once.
+    SIGHUP (the terminal or the process that holds the run is gone), however often: stop.
 
 A run has one, or several where it goes back to a checkpoint after a fault of its learner.
 """
@@ -103,6 +104,7 @@ def attempt(run: Run, goes_on_from: Manifest | None) -> Ended:
         # The loop and its handlers are gone; from here on a signal means "at once", and the guard clears up.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(130))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with observer.phase(facts.SHUTDOWN):
             ray.shutdown()
             metrics.close()  # before its mirror's process, which is below this one as well, is ended
@@ -114,7 +116,7 @@ def attempt(run: Run, goes_on_from: Manifest | None) -> Ended:
 async def _supervise(run: Run, observer: Observer, goes_on_from: Manifest | None) -> Ended:
     recipe, folder, run_id = run.recipe, run.folder, run.run_id
     stop, supervisor = asyncio.Event(), None
-    _on_signals(stop, observer.note)
+    on_signals(stop, observer.note)
     try:
         server_keys, keys = make_keys(folder.keys)
         with observer.phase(facts.RAY_START):
@@ -204,13 +206,19 @@ def _prompts(recipe: Recipe, note: Callable[[str], None]) -> tuple[Frontier, lis
     return Frontier(source, recipe.prompts.seed), tests
 
 
-def _on_signals(stop: asyncio.Event, note: Callable[[str], None]) -> None:
+def on_signals(stop: asyncio.Event, note: Callable[[str], None]) -> None:
     def asked() -> None:
         if stop.is_set():
             os._exit(130)  # the guard ends everything below
         stop.set()
         note(f"stopping within {STOP_S + 5:.0f} s; Ctrl-C again kills at once")
 
+    def hung_up() -> None:
+        if not stop.is_set():
+            stop.set()
+            note(f"stopping within {STOP_S + 5:.0f} s: terminal or parent process is gone")
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked)
+    loop.add_signal_handler(signal.SIGHUP, hung_up)

@@ -35,8 +35,12 @@ def guarded_run() -> str | None:
 
 
 def follow_parent(parent: int) -> None:
-    """From now on SIGTERM comes when the process that started this one ends; ends at once where it has."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    """From now on SIGHUP comes when the process that started this one ends; ends at once where it has.
+
+    It may come several times: Linux tells of each of the parent's threads that ends, as the next one is the parent then. So
+    it is a signal of which the second means no more than the first.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit("the process that started this run has ended")
 
@@ -55,7 +59,8 @@ def guard(arguments: Sequence[str]) -> int:
         child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup a run outlives its terminal
+            signal.signal(number, pass_on)
     code = child.wait()
     end_processes(0.0)
     remove_leftovers(run_id)

@@ -94,8 +94,7 @@ def test_killed_while_it_samples_and_taken_up_again(tmp_path, model):
             time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
-        # Ray's agents may outlast the run on a busy machine, and then end by themselves.
-        _, alive = psutil.wait_procs(children, timeout=100)
+        _, alive = psutil.wait_procs(children, timeout=45)
         assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
     before = scored()
     assert 0 < len(before) < 48
