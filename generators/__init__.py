@@ -1,4 +1,4 @@
 """What makes rollouts: engines behind one protocol, the dispatcher that keeps them busy, prompts and rewards.
 
-Imports `buffer` and `weight_sync`, never `learner`. vLLM is imported by `vllm_engine` alone, when it starts.
+Imports `buffer` and `weight_sync`, never `learner`. vLLM is imported by the `vllm_` files alone, when an engine starts.
 """

@@ -1,4 +1,4 @@
-"""What the children of this process are born with: environment variables and cores. Called by `vllm_engine` only.
+"""What the children of this process are born with: environment variables and cores. Called by `vllm_start` only.
 
 Both are properties of the starting process or thread that children inherit, so they are set, children are started, and
 they are put back. Not for two threads at once: the caller holds a lock.

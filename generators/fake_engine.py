@@ -91,6 +91,11 @@ class FakeEngine:
         """Held by a step, and by `apply` between two steps."""
         self._stepping: asyncio.Task[None] | None = None
         self._dead: str | None = None
+        self._heard = asyncio.Event()
+        """Clear while tokens stay in."""
+        self._heard.set()
+        self._muted = False
+        """It died while they did."""
         self._generated = 0
         self._stall_s = 0.0
 
@@ -116,11 +121,15 @@ class FakeEngine:
         self._batch.add(stream)
         self._work.set()
         try:
-            # Waits for: tokens. Unblocked by: the step loop, abort, or the engine's death. Ends: with the stream.
+            # Waits for: tokens, and leave to say them. Unblocked by: the step loop, abort, `release`, or the engine's death.
+            # Ends: with the stream.
             while True:
                 await stream.ready.wait()
                 stream.ready.clear()
                 chunk = stream.take()
+                await self._heard.wait()
+                if self._muted:
+                    raise EngineDead(f"{self._dead}, before its new weights were proven")
                 if chunk.tokens or chunk.finish_reason:
                     yield chunk
                 if chunk.finish_reason:
@@ -165,7 +174,9 @@ class FakeEngine:
 
     def die(self, reason: str) -> None:
         """As if the engine's processes ended: every open stream and every later call raises `EngineDead`."""
-        self._dead = self._dead or reason
+        if self._dead is None:
+            self._dead, self._muted = reason, not self._heard.is_set()
+            self._heard.set()
         for stream in self._batch.clear():
             stream.end(error=EngineDead(self._dead))
         self._work.set()
@@ -198,6 +209,16 @@ class FakeEngine:
         """See `WeightTarget`."""
         if self._staged is not None and self._staged[0].version == version:
             self._unmap()
+
+    def hold(self) -> None:
+        """See `WeightTarget`."""
+        if self._dead is None:
+            self._heard.clear()
+
+    def release(self) -> None:
+        """See `WeightTarget`."""
+        if not self._muted:
+            self._heard.set()
 
     async def probe(self, tokens: Sequence[int]) -> list[float]:
         """See `WeightTarget`: `probe_logprobs` of the bytes last applied."""

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from asyncrl.generators.config import PoolConfig
+from asyncrl.weight_sync.float8 import quantization_config
 
 WORKER_EXTENSION = "asyncrl.weight_sync.vllm_worker.WorkerExtension"
 WEIGHT_BACKEND = "asyncrl"
@@ -28,12 +29,13 @@ def arguments(
     prefix_cache: bool = True,
     whole_prompts: bool = False,
     adapter_rank: int = 0,
+    float8: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of vLLM's `AsyncEngineArgs`, but for the weight transfer configuration.
 
     `whole_prompts`: no prompt is computed in pieces. The CPU's model runner ends with an error at a request that has a seed and
     whose prompt is in pieces. `adapter_rank`: versions are LoRA adapters of this rank, on the base of `model_path`; 0: they are
-    whole models. Raises ValueError for a rank that vLLM has no room for.
+    whole models. `float8`: of these, linear weights are codes and scales. Raises ValueError for a rank that vLLM has no room for.
     """
     on_cpu = pool.device == "cpu"
     device = (
@@ -59,6 +61,7 @@ def arguments(
         "worker_extension_cls": WORKER_EXTENSION,
         **({"max_num_batched_tokens": max(_BATCHED_TOKENS, max_model_len)} if whole_prompts else {}),
         **_adapter(adapter_rank),
+        **({"hf_overrides": {"quantization_config": quantization_config()}} if float8 else {}),
         **device,
     }
 

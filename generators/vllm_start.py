@@ -1,4 +1,4 @@
-"""Starts and ends vLLM's processes: from a pool to a running `AsyncLLM`. Called by `vllm_engine`, in a thread of its own.
+"""Starts and ends vLLM's processes: from a pool to a running `AsyncLLM`. Called by `vllm_core`, in a thread of its own.
 
 Importing this module does not import vLLM; `launch` does, in the environment that its processes are to have.
 """
@@ -45,6 +45,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     whole_prompts: bool
     adapter_rank: int
     """Versions are adapters of this rank; 0: whole models."""
+    float8: bool = False
+    """Linear weights come, and are held, in float8."""
     folder: str
     """For sockets and other short-lived files."""
 
@@ -100,6 +102,7 @@ def _config(wanted: Launch) -> VllmConfig:
         prefix_cache=wanted.prefix_cache,
         whole_prompts=wanted.whole_prompts,
         adapter_rank=wanted.adapter_rank,
+        float8=wanted.float8,
     )
     transfer = WeightTransferConfig(backend=vllm_settings.WEIGHT_BACKEND)
     return AsyncEngineArgs(**chosen, weight_transfer_config=transfer).create_engine_config()

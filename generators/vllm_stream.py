@@ -1,4 +1,4 @@
-"""From vLLM's deltas to `Chunk`s: which version sampled which token. Imports no vLLM. Called by `vllm_engine`.
+"""From vLLM's deltas to `Chunk`s: which version sampled which token. Imports no vLLM. Called by `vllm_requests`.
 
 vLLM's engine core labels every step with the version of its weights. While a request runs, its state in this process
 keeps the labels as spans (version, index of the first token), which only grow: so the spans known when a delta is read

@@ -165,6 +165,7 @@ def give_up(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """It loses its name at once, whatever happens meanwhile, and then its files."""
     partial = partial_of(folder)
+    give_up(folder)  # what a death left there would be in the way
     folder.rename(partial)
     shutil.rmtree(partial, ignore_errors=True)
 

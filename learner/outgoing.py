@@ -1,7 +1,7 @@
 """The policy's tensors as they leave, for engines and for folders: whole, under checkpoint names, with adapters merged in.
 
 Invariants: the model is not changed by it; the same weights give the same bytes, on every rank; each tied weight leaves once.
-Called by `step` and `weights`. Making a tensor whole is a collective.
+Called by `sending` and `weights`. Making a tensor whole is a collective.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from asyncrl.learner.model import Policy, checkpoint_parameters
+from asyncrl.weight_sync.plan import Tied
 
 if TYPE_CHECKING:
     from asyncrl.learner.quantised import Linear4Bit
@@ -30,6 +31,10 @@ class Outgoing:
     dtype: torch.dtype
     """That it is made in."""
     make: Make
+    parameter: nn.Parameter | None = None
+    """The master that it is, where it is one as it stands: then each rank has rows of it."""
+    cast_from: torch.dtype | None = None
+    """The master's, where `make` casts: it then travels in `dtype` whatever the others do."""
 
     def whole(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """From all ranks' shards, in `dtype` (None: its own), contiguous, on the learner's device. A collective.
@@ -57,6 +62,17 @@ def adapter_alone(policy: Policy) -> dict[str, Outgoing]:
     }
 
 
+def tied(policy: Policy) -> list[Tied]:
+    """Further names of the tensors of `whole_model`, as checkpoints have them."""
+    first: dict[int, str] = {}
+    found = []
+    for name, parameter in policy.lm.named_parameters(remove_duplicate=False):
+        name = name.replace(".base_layer.", ".")
+        if first.setdefault(id(parameter), name) != name:
+            found.append(Tied(name=name, of=first[id(parameter)]))
+    return found
+
+
 def _merged(policy: Policy) -> Iterator[tuple[str, Outgoing]]:
     from asyncrl.learner.lora import Adapted, adapted_layers, matrices_of
     from asyncrl.learner.quantised import Linear4Bit
@@ -77,7 +93,7 @@ def _merged(policy: Policy) -> Iterator[tuple[str, Outgoing]]:
 
 
 def _plain(parameter: nn.Parameter) -> Outgoing:
-    return Outgoing(tuple(parameter.shape), parameter.dtype, lambda: _full(parameter))
+    return Outgoing(tuple(parameter.shape), parameter.dtype, lambda: _full(parameter), parameter)
 
 
 def _dequantised(linear: Linear4Bit, parameter: nn.Parameter) -> Outgoing:

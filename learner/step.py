@@ -28,14 +28,17 @@ from asyncrl.learner.metrics import StepMetrics
 from asyncrl.learner.model import load_policy, trained_parameters
 from asyncrl.learner.objective_needs import needs_of
 from asyncrl.learner.optimizer import adamw
-from asyncrl.learner.outgoing import adapter_alone, whole_model
+from asyncrl.learner.outgoing import adapter_alone, tied, whole_model
+from asyncrl.learner.outgoing_float8 import linear_weights
 from asyncrl.learner.reference import BaseOfPolicy, FrozenModel, Reference
 from asyncrl.learner.rows import assemble, rows_of
+from asyncrl.learner.sending import Senders, Sending
+from asyncrl.learner.sharding import home_of
 from asyncrl.learner.stopwatch import Stopwatch
 from asyncrl.learner.trained import Schedule, Trained
 from asyncrl.learner.training import Training
 from asyncrl.learner.weights import save_folder
-from asyncrl.weight_sync.plan import Adapter, Bucket, Plan, make_plan
+from asyncrl.weight_sync.plan import Adapter, Bucket, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Learner:
         self._rank, self._ranks = rank, ranks
         self._device = this_device(config.device)
         self._policy = load_policy(model_path, mesh, config.dtype, config.lora, config.sharding)
-        self._outgoing = adapter_alone(self._policy) if self._sends_adapter() else whole_model(self._policy)
+        self._sending = self._outlet(mesh)
         self.trained = {"policy": self._trained_policy()}
         """By name: all that an optimizer moves."""
         if outputs := outputs_of(config.objective):
@@ -89,6 +92,7 @@ class Learner:
         that is not a batch.
         """
         start = self._stopwatch.now()
+        self._sending.forget()
         table, version = share_table(table, version, self._rank, self._device)
         return self._training.train(table, version, start)
 
@@ -97,19 +101,15 @@ class Learner:
         """Rows of the embedding: every token id is below it."""
         return int(self._policy.lm.config.vocab_size)
 
-    def plan(self, bucket_bytes: int, wire_dtype: str | None = None) -> Plan:
+    def plan(self, bucket_bytes: int, wire_dtype: str | None = None, senders: Senders = "one") -> Plan:
         """The buckets of what engines get: this model's parameters in checkpoint names, tied ones once, or its adapter's alone
         in peft's names (`[learner.lora] sync`); the same on every rank.
 
-        `wire_dtype`: a torch dtype's name, or None for that of the masters.
+        `wire_dtype`: a torch dtype's name, None for that of the masters, or `float8`: linear weights as codes and scales, the
+        rest as bfloat16. `senders`: rank 0 with all that there is, or every rank with its own rows, which raises ValueError
+        where tensors are computed from several parameters.
         """
-        specs = [
-            (name, wire_dtype or str(tensor.dtype).removeprefix("torch."), tensor.shape)
-            for name, tensor in self._outgoing.items()
-        ]
-        lora = self._config.lora
-        adapter = Adapter(rank=lora.rank, alpha=lora.alpha) if lora and self._sends_adapter() else None
-        return make_plan(specs, bucket_bytes, adapter)
+        return self._sending.plan(bucket_bytes, wire_dtype, senders)
 
     def _trained_policy(self) -> Trained:
         config, parameters = self._config, trained_parameters(self._policy)
@@ -128,19 +128,24 @@ class Learner:
         path = self._config.reference.path if self._config.reference else ""
         return FrozenModel(path or self._model_path, mesh, self._config.dtype, self._config.sharding)
 
-    def _sends_adapter(self) -> bool:
-        return self._config.lora is not None and self._config.lora.sync == "adapter"
+    def _outlet(self, mesh: DeviceMesh) -> Sending:
+        lora, policy = self._config.lora, self._policy
+        home = home_of(self._config.sharding, self._device)
+        if lora is not None and lora.sync == "adapter":
+            adapter = Adapter(rank=lora.rank, alpha=lora.alpha)
+            return Sending(adapter_alone(policy), mesh, home, tied=[], adapter=adapter)
+        linear = linear_weights(policy)
+        return Sending(whole_model(policy), mesh, home, tied=tied(policy), adapter=None, linear=linear)
 
-    def gather(self, bucket: Bucket) -> dict[str, torch.Tensor]:
-        """The bucket's tensors, whole, in the plan's dtypes, on the learner's device. A collective.
+    def gather(self, plan: Plan, bucket: Bucket) -> list[torch.Tensor]:
+        """The pieces of a bucket of `plan`, each flat [count], where the masters are, on the rank that sends it; nothing on
+        others. A collective of all ranks, but for a rank's own rows.
 
-        Valid until the next `train`: on one rank they may be the masters themselves.
+        In the wire dtype, or the master's where they are views of masters: whoever writes them casts. Valid until the next
+        `train`, and until the second `gather` after this one. Buckets come in the plan's order.
         """
         with self._stopwatch.measure("gather_s"):
-            return {
-                spec.name: self._outgoing[spec.name].whole(getattr(torch, spec.dtype))
-                for spec in bucket.tensors
-            }
+            return self._sending.gather(plan, bucket)
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         """Logprob of each token after the first at temperature 1: [len(tokens) - 1]. A collective, same tokens on all ranks."""

@@ -68,6 +68,13 @@ def inspect_model(folder: Path) -> ModelFacts:
     )
 
 
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Of every tensor, by its name in the files. Raises ModelFolderError."""
+    return {
+        name: shape for shard in sorted(folder.glob("*.safetensors")) for name, _, shape in _header(shard)
+    }
+
+
 def _linears(tensors: list[tuple[str, str, list[int]]]) -> dict[str, LinearLayers]:
     """The matrices within numbered layers, each expert's left out: many architectures have them as one fused parameter."""
     found: dict[str, LinearLayers] = {}

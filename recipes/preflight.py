@@ -24,11 +24,12 @@ from asyncrl.generators.sources import SourceError, open_rows
 from asyncrl.generators.tasks import TaskError
 from asyncrl.generators.turns import check_environment
 from asyncrl.recipes.learner_checks import learner_model_problems, part_bytes
-from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model
+from asyncrl.recipes.model_folder import ModelFacts, ModelFolderError, inspect_model, tensor_shapes
 from asyncrl.recipes.plan_lora import UnknownTarget, adapter_parameters, held_state
 from asyncrl.recipes.recipe import Problem, Recipe
 from asyncrl.recipes.reward_checks import reward_model_bytes, reward_problems
 from asyncrl.recipes.sizes import amount, wire_bytes
+from asyncrl.weight_sync.float8 import misfits
 
 SUPPORTED_VLLM = ("0.32.0",)
 """Versions whose behaviour the contract tests have seen. Another one may sync wrong weights without an error."""
@@ -78,11 +79,24 @@ def _model(recipe: Recipe, notes: list[str]) -> tuple[ModelFacts | None, list[Pr
         except UnknownTarget as error:
             found = str(recipe.learner.lora.target_modules)
             return None, [Problem("learner.lora.target_modules", found, str(error))]
+    if recipe.weight_sync.wire_dtype == "float8" and (wrong := _without_blocks(recipe, path)):
+        return model, [Problem("weight_sync.wire_dtype", '"float8"', wrong)]
     limit = model.max_position_embeddings
     if limit is not None and recipe.model.max_context_tokens > limit:
         found = str(recipe.model.max_context_tokens)
         return model, [Problem("model.max_context_tokens", found, f"the model was made for {limit} at most")]
     return model, []
+
+
+def _without_blocks(recipe: Recipe, folder: Path) -> str:
+    """Why engines could not hold the model in float8; empty where they can."""
+    shapes = tensor_shapes(folder)
+    if any(".experts." in name for name in shapes):
+        return 'models with experts are not sent in float8 yet: set it to "auto"'
+    for pool in recipe.pools:
+        if found := misfits(shapes.items(), pool.tensor_parallel):
+            return f'{len(found)} weights are not whole blocks in {pool.name}, such as {found[0]}: set it to "auto"'
+    return ""
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from asyncrl.recipes.checkpoints_config import CheckpointsConfig
 from asyncrl.recipes.deterministic import broken_deterministic_rules
 from asyncrl.recipes.gpus import ClusterEntry, GPUConfig, unknown_gpus
 from asyncrl.recipes.rft_config import RFTConfig
+from asyncrl.recipes.sync_rules import broken_sync_rules, lag_of
 from asyncrl.recipes.telemetry_config import TelemetryConfig
 from asyncrl.weight_sync.config import WeightSyncConfig
 
@@ -115,6 +116,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return lora.rank if lora is not None and lora.sync == "adapter" else 0
 
     @property
+    def max_lag_versions(self) -> int:
+        """How far an engine may be behind the learner's version while the learner goes on."""
+        return lag_of(self)
+
+    @property
     def held_groups_limit(self) -> int:
         """Prompts that may be under way at once: (max_staleness_versions + 1) x prompts_per_step."""
         return (self.staleness.max_staleness_versions + 1) * self.prompts.prompts_per_step
@@ -165,6 +171,7 @@ def cross_check(recipe: Recipe) -> list[Problem]:
         _check_rewards,
         _check_sft,
         _check_deterministic,
+        _check_weight_sync,
         _check_cluster,
     )
     return [problem for check in checks for problem in check(recipe)]
@@ -186,6 +193,11 @@ def _check_objective(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_lora(recipe: Recipe) -> Iterator[Problem]:
     for path, found, advice in broken_lora_rules(recipe.learner.lora):
+        yield Problem(path, found, advice)
+
+
+def _check_weight_sync(recipe: Recipe) -> Iterator[Problem]:
+    for path, found, advice in broken_sync_rules(recipe):
         yield Problem(path, found, advice)
 
 

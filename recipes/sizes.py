@@ -6,6 +6,7 @@ import msgspec
 
 from asyncrl.recipes.plan_lora import Weights, held_state, sent_parameters
 from asyncrl.recipes.recipe import Recipe
+from asyncrl.weight_sync.float8 import BLOCK, SCALE_DTYPE
 
 _TOKEN_BYTES = 8
 """In the buffer: the token and its logprob."""
@@ -19,14 +20,21 @@ class Size(msgspec.Struct, frozen=True):
 
 
 def wire_dtype(recipe: Recipe) -> str:
-    """What weights travel as: the engines' type, or float32 where pools differ."""
+    """What weights travel as: `weight_sync.wire_dtype`, or by itself the engines' type, and float32 where pools differ."""
+    if recipe.weight_sync.wire_dtype != "auto":
+        return recipe.weight_sync.wire_dtype
     dtypes = {pool.dtype for pool in recipe.pools}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def wire_bytes(recipe: Recipe, model: Weights) -> int:
     """Bytes of one version on its way. Raises UnknownTarget."""
-    return sent_parameters(model, recipe.learner.lora) * DTYPE_BYTES[wire_dtype(recipe)]
+    sent, dtype = sent_parameters(model, recipe.learner.lora), wire_dtype(recipe)
+    if dtype != "float8":
+        return sent * DTYPE_BYTES[dtype]
+    linear = sum(layer.parameters for layer in model.linears.values())
+    scales = -(-linear // BLOCK**2) * DTYPE_BYTES[SCALE_DTYPE]
+    return linear + scales + (sent - linear) * DTYPE_BYTES["bfloat16"]
 
 
 def derived_sizes(recipe: Recipe, model: Weights | None) -> list[Size]:

@@ -14,7 +14,6 @@ Called by the launcher, by the supervisor (through `checkpointing`), and by the 
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -60,7 +59,7 @@ class Checkpoints:
         if self._manifest(step).is_file():
             raise FileExistsError(f"{path} is a whole checkpoint: expected none of step {step} yet")
         if path.exists():
-            shutil.rmtree(path)
+            checkpoint_folder.remove(path)
 
     def count(self, manifest: Manifest, keep: int) -> None:
         """From now on it counts; of all that do, the newest `keep` stay."""
@@ -116,8 +115,7 @@ class Checkpoints:
         return [step for step in found if step is not None]
 
     def _remove(self, step: int) -> None:
-        self._manifest(step).unlink(missing_ok=True)
-        shutil.rmtree(self.learner_state(step))
+        checkpoint_folder.remove(self.learner_state(step))
 
     def _manifest(self, step: int) -> Path:
         return self.learner_state(step) / "run.json"

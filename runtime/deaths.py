@@ -1,12 +1,22 @@
 """When a process died, and what follows: is it started again, and after how long. Pure. Called by the keepers of buffer
-shards and of engines."""
+shards and of engines, and `ends_the_run` by whoever hears of an engine's fault."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
+
+from asyncrl.generators.score import CostMissing
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+
+_OF_THE_RECIPE: Final = (CostMissing,)
+
+
+def ends_the_run(raised: BaseException | None) -> bool:
+    """A mistake of the recipe, which every other process would meet as well: no death to recover from. `raised`: by the part."""
+    return isinstance(raised, _OF_THE_RECIPE)
 
 
 class Deaths:

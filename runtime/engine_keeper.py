@@ -24,7 +24,7 @@ import msgspec
 from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.generators.config import PoolConfig
 from asyncrl.recipes import Recipe
-from asyncrl.runtime.deaths import Deaths
+from asyncrl.runtime.deaths import Deaths, ends_the_run
 from asyncrl.runtime.facts import EngineFacts, EngineState
 from asyncrl.runtime.placement import EngineRoom, end_actor
 from asyncrl.runtime.watch import PartFailed, Watch
@@ -114,7 +114,8 @@ class EngineKeeper:
             if error is None:
                 return
             now = time.monotonic()
-            again_s = None if self.deaths.one_too_many(now) else self.deaths.wait_s(now)
+            hopeless = self.deaths.one_too_many(now) or ends_the_run(error.raised)
+            again_s = None if hopeless else self.deaths.wait_s(now)
             if again_s is None:
                 self._be("dead", error.cause)
             self._run.died(self, error, again_s)

@@ -59,6 +59,7 @@ def make_engine(
         in_flight=recipe.weight_sync.in_flight,
         prefix_cache=recipe.weight_sync.prefix_cache,
         adapter_rank=recipe.adapter_rank,
+        float8=recipe.weight_sync.wire_dtype == "float8",
         whole_prompts=recipe.run.deterministic,
     )
 

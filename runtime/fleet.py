@@ -2,7 +2,8 @@
 
 - A pool's engines are wanted, not owned: `scale` changes how many, each has a keeper (`engine_keeper`) that lives up to it.
 - An engine that dies too often is given up; a pool whose engines are all given up has failed, and the run goes on with the
-  others. Without any pool left, or where an engine cannot even start before the run has begun, the run ends with the cause.
+  others. Without any pool left, where an engine cannot even start before the run has begun, or meets a mistake of the
+  recipe, the run ends with the cause.
 - What is decided is in `fleet_rules`; here it is carried out. One event loop. Called by the supervisor and the tuner.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from asyncrl.buffer import BufferAddress, BufferClient
 from asyncrl.recipes import Recipe
 from asyncrl.runtime import fleet_rules
+from asyncrl.runtime.deaths import ends_the_run
 from asyncrl.runtime.engine_keeper import EngineKeeper
 from asyncrl.runtime.facts import Concurrency, EngineFacts, EngineState, PoolFacts
 from asyncrl.runtime.placement import RESERVE_S, no_room
@@ -191,8 +193,8 @@ class Fleet:
         pool = self.pools[keeper.pool.name]
         what = f"starting it again in {again_s:.0f} s" if again_s is not None else "given up"
         self._note(f"engine {keeper.name} died ({keeper.reason}); {what}")
-        if not self.begun and not error.process_died:
-            self._fail(error)  # it would not start another time either
+        if ends_the_run(error.raised) or not (self.begun or error.process_died):
+            self._fail(error)  # another one would not serve, or start, either
         if (
             again_s is None
             and fleet_rules.pool_state(pool.states, wanted=pool.wanted, begun=True) == "failed"

@@ -21,12 +21,12 @@ from asyncrl.runtime.processes import adopt_orphans, end_processes
 from asyncrl.weight_sync.shm import remove_leftovers
 
 _PR_SET_PDEATHSIG = 1
-_GUARD_VARIABLE = "ASYNCRL_GUARD"
+GUARD_VARIABLE = "ASYNCRL_GUARD"
 
 
 def guarded_run() -> str | None:
     """The run's id where this process is the launcher below a guard (of whose death it then asks to be told), else None."""
-    found = os.environ.pop(_GUARD_VARIABLE, None)
+    found = os.environ.pop(GUARD_VARIABLE, None)
     if found is None:
         return None
     guard, run_id = found.split(":")
@@ -51,7 +51,7 @@ def guard(arguments: Sequence[str]) -> int:
     run_id = secrets.token_hex(6)
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "asyncrl.runtime.cli", *arguments],
-        env={**os.environ, _GUARD_VARIABLE: f"{os.getpid()}:{run_id}"},
+        env={**os.environ, GUARD_VARIABLE: f"{os.getpid()}:{run_id}"},
         process_group=0,  # the terminal's Ctrl-C comes to the guard alone, and is passed on once
     )
 

@@ -7,7 +7,7 @@
   next step waits for it, so that no weights are published meanwhile (rollouts go on).
 - One that is due while the one before is under way is left out; one that passes its deadline is given up. Both are told of
   (`EvaluationMissed`), and training goes on. Only the one before training ends the run when it fails: what breaks it would
-  cost every rollout, and nothing is lost yet.
+  cost every rollout, and nothing is lost yet. A mistake of the recipe ends any at once, and the run with it.
 On the supervisor's event loop; called by the supervisor.
 """
 
@@ -22,6 +22,7 @@ from asyncrl.generators.evaluation import Asking, HeldOutAnswer
 from asyncrl.generators.evaluation_config import EvaluationConfig
 from asyncrl.generators.prompts import Prompt
 from asyncrl.recipes import Recipe
+from asyncrl.runtime.deaths import ends_the_run
 from asyncrl.runtime.engine_keeper import EngineKeeper
 from asyncrl.runtime.fleet import Fleet
 from asyncrl.runtime.held_out_results import NothingScored, evaluation_of
@@ -53,7 +54,7 @@ class Evaluations:
         await self._evaluate(fleet, step)
 
     async def after(self, fleet: Fleet, step: int) -> None:
-        """Waits for its end, however it ends."""
+        """Waits for its end; raises PartFailed for a mistake of the recipe alone."""
         await self._try(fleet, step)
 
     async def after_step(self, fleet: Fleet, step: int) -> None:
@@ -86,6 +87,8 @@ class Evaluations:
         try:
             await self._evaluate(fleet, step)
         except _FAILURES as error:
+            if isinstance(error, PartFailed) and ends_the_run(error.raised):
+                raise
             self._observer.evaluation_missed(step, str(error).partition("\n")[0])
 
     async def _evaluate(self, fleet: Fleet, step: int) -> None:
@@ -108,7 +111,7 @@ async def ask(
     fleet: Fleet, prompts: list[Prompt], config: EvaluationConfig, max_new_tokens: int, label: str
 ) -> list[list[HeldOutAnswer]]:
     """The answers to each prompt. Waits for engines to be up; unblocked by their keepers. Raises PartFailed at the deadline,
-    with what the last engine that was lost said."""
+    with what the last engine that was lost said, and at once for a mistake of the recipe."""
     found: dict[int, list[HeldOutAnswer]] = {}
     deadline, failure, rounds = time.monotonic() + config.timeout_s, None, 0
     asking = Asking(
@@ -134,6 +137,8 @@ async def ask(
                 )
                 for share, result in zip(shares, await asyncio.gather(*calls), strict=True):
                     if isinstance(result, PartFailed):
+                        if ends_the_run(result.raised):
+                            raise result
                         failure = result
                     else:
                         found.update(zip(share, result, strict=True))

@@ -10,6 +10,7 @@ import contextlib
 import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -30,6 +31,7 @@ from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.report import SyncReport
+from asyncrl.weight_sync.rolling_publisher import RollingPublisher
 from asyncrl.weight_sync.welcomer import Welcomer
 
 _PROBE_TOKENS = 16
@@ -55,9 +57,14 @@ class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
     metrics: StepMetrics
     sync: SyncReport
     welcomes: list[SyncReport]
-    """Of engines that came since the step before."""
+    """Of engines that came, or took a version by themselves, since the step before."""
     train_s: float
     publish_s: float
+
+    @property
+    def reports(self) -> list[SyncReport]:
+        """All that is known of weights on their way since the step before."""
+        return [self.sync, *self.welcomes]
 
 
 class Taken(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +94,8 @@ class LearnerPart:
         self._plan = self._learner.plan(recipe.weight_sync.bucket_bytes, wire_dtype(recipe))
         self._publisher: Publisher | None = None
         self._welcomer: Welcomer | None = None
+        self._welcomes: list[SyncReport] = []
+        """Since the last step, as far as they were asked for."""
         self._buffer: BlockingBufferClient | None = None
         self._batch: tuple[Selection, pa.RecordBatch] | None = None
         self._version = -1
@@ -102,7 +111,9 @@ class LearnerPart:
         """The endpoint that engines join, on rank 0; empty on the others."""
         if self._rank:
             return ""
-        self._publisher = Publisher(self._recipe.weight_sync, self._run_id, self._plan, self._host)
+        lag = self._recipe.max_lag_versions
+        kind = partial(RollingPublisher, max_lag_versions=lag) if lag else Publisher
+        self._publisher = kind(self._recipe.weight_sync, self._run_id, self._plan, self._host)
         return self._publisher.endpoint
 
     def meet(self, buffer: BufferAddress) -> None:
@@ -137,9 +148,9 @@ class LearnerPart:
         if publisher is not None:
             publisher.begin(version)
         for bucket in self._plan.buckets:
-            tensors = self._learner.gather(bucket)
+            pieces = self._learner.gather(self._plan, bucket)
             if publisher is not None:
-                publisher.write(bucket, tensors)
+                publisher.write(bucket, pieces)
         return publisher.commit(probe) if publisher is not None else None
 
     def admit_prompts(self) -> None:
@@ -153,6 +164,17 @@ class LearnerPart:
         if self._batch is None:
             self._batch = self._client().read_batch(timeout_s)
         return self._batch[0] if self._batch is not None else None
+
+    def out_of_service(self) -> dict[str, str]:
+        """Engines that versions went on without since the last step, and why. They may be all that the next batch waits for."""
+        if self._welcomer is not None:
+            self._welcomes += self._welcomer.take_reports()
+        return {name: why for report in self._welcomes for name, why in report.out_of_service.items()}
+
+    def catch_up(self) -> None:
+        """Returns when every engine has the present version, or is out of service."""
+        if self._welcomer is not None:
+            self._welcomer.catch_up(self._recipe.weight_sync.timeout_s)
 
     def train(self) -> StepOutcome | None:
         """One step on the batch that rank 0 read: train, publish, commit. A collective; the outcome is rank 0's."""
@@ -173,7 +195,7 @@ class LearnerPart:
             handover=examine(rows, selection.version, self._recipe.staleness.max_staleness_versions),
             metrics=metrics,
             sync=sync,
-            welcomes=self._welcomer.take_reports() if self._welcomer else [],
+            welcomes=self._take_welcomes(),
             train_s=trained - start,
             publish_s=published - trained,
         )
@@ -228,6 +250,11 @@ class LearnerPart:
         if self._buffer is not None:
             self._buffer.close()
         self._learner.close()
+
+    def _take_welcomes(self) -> list[SyncReport]:
+        taken = self._welcomes + (self._welcomer.take_reports() if self._welcomer else [])
+        self._welcomes = []
+        return taken
 
     def _client(self) -> BlockingBufferClient:
         if self._buffer is None:

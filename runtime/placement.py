@@ -87,19 +87,32 @@ def place_buffers(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
 
 def place_learners(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
     """All ranks at once, or none. Raises PlacementError."""
-    learner, host = recipe.learner, own_host(recipe)
+    learner = recipe.learner
     rank = {"CPU": float(learner.cores)} if learner.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
     room = placement_group([rank] * learner.ranks, strategy="PACK")
     if not room.wait(RESERVE_S):
         raise no_room(f"{learner.ranks} learner ranks with {rank} each", "Lower learner.ranks or cores")
-    address = f"{host}:{free_port(host)}"
+    places = [_options(rank, room, index) for index in range(learner.ranks)]
+    hosts = [_host_of(recipe, room, index) for index in range(learner.ranks)]
+    if hosts[0] == own_host(recipe):
+        port = free_port(hosts[0])
+    else:  # only that machine knows
+        port = ray.get(ray.remote(free_port).options(**places[0]).remote(hosts[0]), timeout=RESERVE_S)
     part = ray.remote(LearnerPart)
     return [
-        part.options(**_options(rank, room, index), name=f"{run_id}-learner-{index}").remote(
-            recipe, folder, index, address, run_id, host
+        part.options(**places[index], name=f"{run_id}-learner-{index}").remote(
+            recipe, folder, index, f"{hosts[0]}:{port}", run_id, hosts[index]
         )
         for index in range(learner.ranks)
     ]
+
+
+def _host_of(recipe: Recipe, room: PlacementGroup, index: int) -> str:
+    """Where a part in this place listens for the others."""
+    if not recipe.run.ray_address:
+        return own_host(recipe)
+    node = placement_group_table(room)["bundles_to_node_id"][index]
+    return next(str(each["NodeManagerAddress"]) for each in ray.nodes() if each["NodeID"] == node)
 
 
 def demand(pool: PoolConfig) -> dict[str, float]:

@@ -95,7 +95,7 @@ def step_facts(
         train_s=outcome.train_s,
         publish_s=outcome.publish_s,
         checkpoint_stall_s=checkpoint_stall_s,
-        engine_stall_s=outcome.sync.max_stall_s,
+        engine_stall_s=max(report.max_stall_s for report in outcome.reports),
         learner_tokens_per_s=metrics.tokens_per_s,
         learner={
             "learning_rate": metrics.learning_rate,

@@ -170,6 +170,7 @@ class Supervisor:
         if self._evaluations.wanted:
             with self.observer.phase(facts.EVALUATION):
                 await self._evaluations.settle()
+                await self._ranks.first("catch_up", timeout_s=self.recipe.weight_sync.timeout_s + _CALL_S)
                 await self._evaluations.after(fleet, self.observer.steps_done)
 
     async def _train(self, client: BufferClient, fleet: Fleet) -> None:
@@ -208,6 +209,7 @@ class Supervisor:
                 break
             if drained:
                 return False
+            fleet.condemn(await self._ranks.first("out_of_service", timeout_s=_CALL_S))
             self.observer.check_progress(stall_s)
         self._waited_s = time.monotonic() - began
         self.observer.learner_state, self.in_training = "training", named(batch)
@@ -220,7 +222,7 @@ class Supervisor:
         if not self.draining:
             self.feed()
         self.observer.stepped(step, outcome, self._waited_s, checkpoint_stall_s)
-        for report in (outcome.sync, *outcome.welcomes):
+        for report in outcome.reports:
             fleet.condemn(report.out_of_service)
         return True
 

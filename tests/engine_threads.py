@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from asyncrl.generators.fake_engine import FakeEngine, Fault
@@ -24,6 +24,8 @@ class Engines:
         self.engines: dict[str, FakeEngine] = {}
         self.receivers: dict[str, Receiver] = {}
         self.receiving: dict[str, asyncio.Task[None]] = {}
+        self.make: Callable[..., FakeEngine] = FakeEngine
+        """Of the engines that are started from now on."""
         self._endpoint = endpoint
         self._all: list[tuple[FakeEngine, asyncio.Task[None]]] = []
         for name, script in faults.items():
@@ -37,7 +39,7 @@ class Engines:
         return self.do(self._start(name, faults))
 
     async def _start(self, name: str, faults: Sequence[Fault]) -> asyncio.Task[None]:
-        engine = self.engines[name] = FakeEngine(faults=faults)
+        engine = self.engines[name] = self.make(faults=faults)
         await engine.start()
         receiver = self.receivers[name] = Receiver(engine, self._endpoint, name)
         self.receiving[name] = asyncio.create_task(receiver.run())

@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pyarrow as pa
+from rank_processes import run_ranks
+from safetensors.numpy import load_file
 
 from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.sharding_config import ShardingConfig
@@ -58,8 +60,8 @@ SPLITS = ([1], [2], [3, 1], [1, 1, 1], [4, 4, 4, 4], [7, 2, 1, 3], [2] * 9, [16]
 """Sizes of a batch's groups. Fewer rollouts than ranks: some ranks have nothing."""
 
 
-def write_cases(folder: Path) -> None:
-    """A tiny model and the batches."""
+def write_cases(folder: Path) -> Path:
+    """A tiny model and the batches. Returns `folder`."""
     tokenizer = character_tokenizer("0123456789+=;")
     tokenizer.save_pretrained(folder)
     new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=256, seed=3).save_pretrained(folder)
@@ -67,6 +69,16 @@ def write_cases(folder: Path) -> None:
         table = _table(np.random.default_rng(seed), sizes)
         with pa.ipc.new_file(str(folder / f"batch-{seed}"), table.schema) as writer:
             writer.write_table(table)
+    return folder
+
+
+def on_one_rank(folder: Path, out: Path) -> dict[str, np.ndarray]:
+    """The gradients of the batches in `folder`, by `0/BATCH/PARAMETER`, of one rank on the CPU in passes that hold all."""
+    run_ranks(SCRIPT, folder, out, 1, settings(8192))
+    gradients: dict[str, np.ndarray] = load_file(out / "gradients")
+    assert len(gradients) == len(SPLITS) * len({name.rpartition("/")[2] for name in gradients})
+    assert min(msgspec.json.decode((out / "norms-0").read_bytes())) > 0.01
+    return gradients
 
 
 def _table(random: np.random.Generator, sizes: list[int]) -> pa.Table:

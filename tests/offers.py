@@ -7,9 +7,26 @@ from types import TracebackType
 
 import torch
 
+from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import Adapter, Plan, make_plan
-from asyncrl.weight_sync.slots import Slots
-from asyncrl.weight_sync.wire import Offer
+from asyncrl.weight_sync.slots import Slot, Slots
+from asyncrl.weight_sync.wire import Offer, SharedFile
+
+
+def offer_of(slot: Slot, plan: Plan, version: int) -> Offer:
+    """Of the bytes that `slot` has now."""
+    sums = tuple(slot.checksum(bucket) for bucket in plan.buckets)
+    return Offer(version=version, source=SharedFile(path=str(slot.path)), plan=plan, checksums=sums)
+
+
+def fill(slot: Slot, plan: Plan, weights: Mapping[str, torch.Tensor]) -> None:
+    for bucket in plan.buckets:
+        slot.fill(bucket, cut(plan, bucket, weights))
+
+
+def path_of(offer: Offer) -> str:
+    assert isinstance(offer.source, SharedFile)
+    return offer.source.path
 
 
 class Offers:
@@ -43,24 +60,14 @@ class Offers:
     def write(self, version: int, weights: Mapping[str, torch.Tensor]) -> Offer:
         """Write `weights` to the slot whose turn it is, and return the offer of them as `version`."""
         slot = self._slots.next()
-        checksums = []
-        for bucket in self.plan.buckets:
-            for spec in bucket.tensors:
-                slot.write(spec, weights[spec.name])
-            checksums.append(slot.checksum(bucket))
+        fill(slot, self.plan, weights)
         self._slots.committed()
-        return Offer(
-            version=version,
-            transport="shm",
-            location=str(slot.path),
-            plan=self.plan,
-            checksums=tuple(checksums),
-        )
+        return offer_of(slot, self.plan, version)
 
     def corrupt(self, offer: Offer) -> None:
         """Change one byte of the last tensor of `offer`, as a stray writer would."""
-        with open(offer.location, "r+b") as file:
-            file.seek(offer.plan.buckets[-1].tensors[-1].offset)
+        with open(path_of(offer), "r+b") as file:
+            file.seek(offer.plan.tensors[-1].offset)
             (byte,) = file.read(1)
             file.seek(-1, 1)
             file.write(bytes([byte ^ 0xFF]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,11 +19,13 @@ def run_ranks(
     *more: str,
     deadline_s: float = 250.0,
     groups: int | None = None,
+    died: int | None = None,
 ) -> None:
     """`script` with the arguments FOLDER OUT RANK RANKS ADDRESSES MORE...; waits for all of them.
 
     ADDRESSES: a port of its own for each process group that the script joins one after the other, joined by commas: `groups`
-    of them, by default one for each of `more`. Raises AssertionError with the end of stderr where a rank fails.
+    of them, by default one for each of `more`. Raises AssertionError with the end of stderr where a rank fails; rank `died` must end
+    by SIGKILL instead.
     """
     out.mkdir()
     with contextlib.ExitStack() as stack:
@@ -30,7 +33,12 @@ def run_ranks(
         for free in sockets:
             free.bind(("127.0.0.1", 0))
         addresses = ",".join(f"127.0.0.1:{free.getsockname()[1]}" for free in sockets)
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(Path(__file__).parent),  # what tests share
+        "OMP_NUM_THREADS": "1",
+    }
     logs = [out / f"stderr-{rank}" for rank in range(ranks)]
     with contextlib.ExitStack() as stack:
         processes = [
@@ -52,9 +60,10 @@ def run_ranks(
             for rank in range(ranks)
         ]
         try:
-            for process, log in zip(processes, logs, strict=True):
+            for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
                 process.wait(timeout=deadline_s)
-                assert process.returncode == 0, log.read_text()[-4000:]
+                wanted = -signal.SIGKILL if rank == died else 0
+                assert process.returncode == wanted, log.read_text()[-4000:]
         finally:
             for process in processes:
                 process.kill()

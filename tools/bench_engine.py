@@ -24,9 +24,10 @@ from asyncrl.generators.child_processes import environment_for_children
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.engine import GenerationRequest
 from asyncrl.generators.vllm_engine import VLLMEngine
+from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.slots import Slots
-from asyncrl.weight_sync.wire import Offer
+from asyncrl.weight_sync.wire import Offer, SharedFile
 
 PROMPT_TOKENS = 16
 
@@ -66,14 +67,9 @@ class Bench:
         slots = Slots(f"bench-{os.getpid()}", plan := make_plan(specs, 256 * 2**20))
         try:
             slot = slots.next()
-            sums = []
-            for bucket in plan.buckets:
-                for spec in bucket.tensors:
-                    slot.write(spec, weights[spec.name])
-                sums.append(slot.checksum(bucket))
-            offer = Offer(
-                version=0, transport="shm", location=str(slot.path), plan=plan, checksums=tuple(sums)
-            )
+            sums = tuple(slot.fill(bucket, cut(plan, bucket, weights)) for bucket in plan.buckets)
+            source = SharedFile(path=str(slot.path))
+            offer = Offer(version=0, source=source, plan=plan, checksums=sums)
             await self.engine.stage(offer)
             await self.engine.apply(offer)
         finally:

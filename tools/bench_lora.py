@@ -51,7 +51,7 @@ def learn(
         learner.train(table, VERSION)
         trained = time.perf_counter()
         for bucket in plan.buckets:
-            learner.gather(bucket)
+            learner.gather(plan, bucket)
         gathered = time.perf_counter()
         policy = learner.trained["policy"]
         held = [*policy.module.parameters()]

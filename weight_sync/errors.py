@@ -21,6 +21,10 @@ class SharedMemoryError(WeightSyncError):
     """The shared memory of a version cannot be made, mapped or trusted."""
 
 
+class DeviceMemoryError(WeightSyncError):
+    """Memory of a GPU cannot be had, shared with another process, or opened."""
+
+
 class ChecksumError(WeightSyncError):
     """The bytes of a bucket are not those that the learner wrote; nothing of this version was applied."""
 
@@ -44,6 +48,14 @@ class IncompleteWeights(WeightSyncError):
     """An offer and the engine's model do not match parameter by parameter."""
 
 
+class MalformedDelta(WeightSyncError, ValueError):
+    """The bytes are no delta, or none of the range that they are to change; nothing was written."""
+
+
+class GroupBroken(WeightSyncError):
+    """The group over which weights travel no longer works; that says nothing of the process in which it shows."""
+
+
 class EnginesMissing(WeightSyncError):
     """Engines that were waited for did not join in time."""
 
@@ -65,25 +77,42 @@ class Dismissed(WeightSyncError):
 
 
 class ProbeMismatch(WeightSyncError):
-    """An engine applied the version and computes other logprobs than the learner does."""
+    """An engine applied the version and computes other logprobs than the learner does. `report`: at the publisher, where no
+    engine is left that runs the version; `failed` engines computed otherwise, `engine` the farthest off. `answer`: at the engine, all its
+    logprobs."""
 
     def __init__(
-        self, engine: str, version: int, position: int, expected: float, got: float, report: SyncReport
+        self,
+        engine: str,
+        version: int,
+        position: int,
+        expected: float,
+        got: float,
+        failed: int = 1,
+        report: SyncReport | None = None,
+        answer: tuple[float, ...] = (),
     ) -> None:
-        super().__init__(engine, version, position, expected, got, report)
+        super().__init__(engine, version, position, expected, got, failed, report, answer)
         self.engine = engine
         self.version = version
         self.position = position
         self.expected = expected
         self.got = got
+        self.failed = failed
         self.report = report
+        self.answer = answer
 
     def __str__(self) -> str:
+        all_failed = (
+            f"all {self.failed} engines that were probed failed, so the fault is one that they share: another model or dtype "
+            f"than the learner's, or weight_sync.verify_tolerance is too small. The farthest off: "
+        )
         return (
-            f"engine {self.engine} at version {self.version}, probe logprob {self.position} (of token "
-            f"{self.position + 1}): the learner has {self.expected:.6g}, the engine {self.got:.6g}, difference "
-            f"{abs(self.expected - self.got):.3g}. The engine runs other weights or other arithmetic than the learner; "
-            f"if it only computes in a shorter float, raise weight_sync.verify_tolerance."
+            f"{all_failed if self.report is not None and self.failed > 1 else ''}engine {self.engine} at version "
+            f"{self.version}, probe logprob {self.position} (of token {self.position + 1}): the learner has "
+            f"{self.expected:.6g}, the engine {self.got:.6g}, difference {abs(self.expected - self.got):.3g}. The engine runs "
+            f"other weights or other arithmetic than the learner; if it only computes in a shorter float, raise "
+            f"weight_sync.verify_tolerance."
         )
 
 

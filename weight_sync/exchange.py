@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from asyncrl.weight_sync import wire
+from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.report import TransactionReport
 from asyncrl.weight_sync.transaction import (
     Actions,
@@ -32,6 +33,22 @@ PING_S: Final = 0.5
 """How soon an engine that died in a sync is noticed, at most."""
 LOOK_S: Final = 0.05
 """How soon it is noticed, at most, that the sync is to give way."""
+
+
+GONE: Final = "its connection is gone: the process ended, or its host stands still"
+
+
+def send(socket: zmq.Socket[bytes], engine_id: str, message: bytes) -> str:
+    """Empty, or why it cannot be sent: `GONE`, or its queue is full. Never blocks."""
+    try:
+        socket.send_multipart([engine_id.encode(), message], flags=zmq.NOBLOCK)
+    except zmq.Again:
+        return "its queue is full: it has read nothing for long"
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EHOSTUNREACH:
+            raise
+        return GONE
+    return ""
 
 
 def messages(socket: zmq.Socket[bytes], ignored: Counter[str]) -> Iterator[tuple[str, wire.ToPublisher]]:
@@ -62,48 +79,76 @@ class Exchange:
         self,
         socket: zmq.Socket[bytes],
         transaction: Transaction,
-        propose: wire.Propose,
-        probe: tuple[int, ...],
+        attempt: int,
+        propose_for: Callable[[str], wire.Propose],
+        probe_for: Callable[[str], Probe | None],
     ) -> None:
-        """`probe`: tokens that each engine answers with their logprobs after it applied; empty: none."""
+        """`propose_for`: what each member is offered. `probe_for`: what it is asked after it applied."""
         self.answers: dict[str, tuple[float, ...]] = {}
-        """Probe logprobs by engine."""
+        """Probe logprobs by engine, of those that were asked: right ones and wrong ones."""
+        self.digests: dict[str, str] = {}
+        """Of the bytes that each engine applied, where it says so."""
         self.comings: dict[str, wire.Join | wire.Leave] = {}
         """Who came and went meanwhile: the last that each said of it."""
         self._socket = socket
         self._transaction = transaction
-        self._attempt = propose.attempt
-        self._propose = wire.encode(propose)
-        self._apply = wire.encode(wire.Apply(attempt=self._attempt, probe=probe))
+        self._attempt = attempt
+        self._propose_for = propose_for
+        self._probe_for = probe_for
         self._ping = wire.encode(wire.Ping())
+        self._next_ping = time.monotonic() + PING_S
+
+    def start(self) -> None:
+        """Make the offers."""
+        self._carry_out(self._transaction.begin(time.monotonic()))
+
+    def step(self, wait_s: float) -> None:
+        """Take in what has come, after waiting for it up to `wait_s`; look for the dead when it is time; never past the
+        transaction's next deadline."""
+        wait_s = min(wait_s, self._transaction.next_deadline - time.monotonic())
+        self._socket.poll(max(math.ceil(wait_s * 1000), 0))
+        self._take_in()
+        if time.monotonic() >= self._next_ping:
+            self._look_for_the_dead()
+            self._next_ping = time.monotonic() + PING_S
+        self._carry_out(self._transaction.tick(time.monotonic()))
 
     def run(self, give_way: Callable[[], bool]) -> TransactionReport:
-        """Return when the transaction is finished, at its deadline at the latest.
+        """Make the offers; return when the transaction is finished, at its deadline at the latest.
 
         Once `give_way()` is true, it is withdrawn if that can still be. What interrupts it (Ctrl-C, or what `give_way`
         raises) withdraws it too; after the commit point, it is taken as the deadline.
         """
-        transaction = self._transaction
         try:
-            self._carry_out(transaction.begin(time.monotonic()))
-            next_ping = time.monotonic() + PING_S
-            # Waits for: answers. Unblocked by: engines, or the time of the next look. Ends: finished, which
-            # `tick` brings about at the deadline.
-            while transaction.report is None:
-                wait_s = min(LOOK_S, transaction.next_deadline - time.monotonic())
-                self._socket.poll(max(math.ceil(wait_s * 1000), 0))
-                self._take_in()
-                if give_way():
-                    self._carry_out(transaction.withdraw(time.monotonic(), "it gave way to another"))
-                if time.monotonic() >= next_ping:
-                    self._look_for_the_dead()
-                    next_ping = time.monotonic() + PING_S
-                self._carry_out(transaction.tick(time.monotonic()))
-            return transaction.report
+            self.start()
+            return self.go_on(give_way)
         except BaseException as error:
-            self._carry_out(transaction.withdraw(time.monotonic(), f"interrupted by {error!r}"))
-            self._carry_out(transaction.tick(math.inf))
+            self.interrupt(error)
             raise
+
+    def go_on(self, give_way: Callable[[], bool]) -> TransactionReport:
+        """As `run`, once it is started."""
+        transaction = self._transaction
+        # Waits for: answers. Unblocked by: engines, or the time of the next look. Ends: finished, which
+        # `tick` brings about at the deadline.
+        while transaction.report is None:
+            self.step(LOOK_S)
+            if give_way():
+                self.withdraw("it gave way to another")
+        return transaction.report
+
+    def broke(self, error: str) -> None:
+        """Sending to the members failed."""
+        self._carry_out(self._transaction.broke(time.monotonic(), error))
+
+    def withdraw(self, reason: str) -> None:
+        """Abort, if that can still be."""
+        self._carry_out(self._transaction.withdraw(time.monotonic(), reason))
+
+    def interrupt(self, error: BaseException) -> None:
+        """End it now: aborted if that can still be, else as at the deadline."""
+        self.withdraw(f"interrupted by {error!r}")
+        self._carry_out(self._transaction.tick(math.inf))
 
     def dismiss(self, engine_id: str, reason: str) -> None:
         """Put a member out of service after the end, if it can be told."""
@@ -130,9 +175,17 @@ class Exchange:
         if isinstance(message, wire.Staged):
             return transaction.staged(engine_id, now, message.stage_s)
         if isinstance(message, wire.Applied):
-            self.answers.setdefault(engine_id, message.probe)
+            self._note(engine_id, message)
+            self.digests.setdefault(engine_id, message.digest)
             return transaction.applied(engine_id, now, message.apply_s, message.stall_s)
+        self._note(engine_id, message)
+        if message.cut:
+            return transaction.cut(engine_id, now, message.error)
         return transaction.failed(engine_id, now, message.error)
+
+    def _note(self, engine_id: str, message: wire.Applied | wire.Failed) -> None:
+        if message.probe:
+            self.answers.setdefault(engine_id, message.probe)
 
     def _carry_out(self, actions: Actions) -> None:
         todo = deque(actions)
@@ -148,9 +201,9 @@ class Exchange:
 
     def _encoded(self, action: SendOffer | SendApply | SendAbort | SendDismiss) -> bytes:
         if isinstance(action, SendOffer):
-            return self._propose
+            return wire.encode(self._propose_for(action.member))
         if isinstance(action, SendApply):
-            return self._apply
+            return wire.encode(wire.Apply(attempt=self._attempt, probe=self._probe_for(action.member)))
         if isinstance(action, SendDismiss):
             return wire.encode(wire.Dismiss(attempt=self._attempt, reason=action.reason))
         report = self._transaction.report
@@ -158,20 +211,11 @@ class Exchange:
         return wire.encode(wire.Abort(attempt=self._attempt, reason=reason))
 
     def _send(self, engine_id: str, message: bytes) -> str:
-        """Empty, or why it cannot be sent. Never blocks."""
-        try:
-            self._socket.send_multipart([engine_id.encode(), message], flags=zmq.NOBLOCK)
-        except zmq.Again:
-            return "its queue is full: it has read nothing for long"
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return "its connection is gone: the process ended, or its host stands still"
-        return ""
+        return send(self._socket, engine_id, message)
 
     def _look_for_the_dead(self) -> None:
         """A closed connection shows when it is written to. A full queue is no sign of death here."""
         for engine_id in self._transaction.waiting_for:
             error = self._send(engine_id, self._ping)
-            if "connection is gone" in error:
+            if error == GONE:
                 self._carry_out(self._transaction.lost(engine_id, time.monotonic(), error))

@@ -1,14 +1,19 @@
 """Probe verification: the same tokens through learner and engine must give the same logprobs. Pure.
 
 Checksums show that the bytes arrived; the probe shows that the engine computes with them (layouts packed again, tied
-weights, the right names). Called by the publisher with what the engines answered.
+weights, the right names). Called by the receiver, which judges its own engine before a token of the version leaves it, and by
+the publisher, which says how far apart they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
+
+PROOFS: Final = 2
+"""The first version that an engine passes shows that loading works, the second one that replacing does."""
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +25,8 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """The learner's logprob of each token after the first, at temperature 1: [len(tokens) - 1]."""
     tolerance: float
     """Largest |difference| that passes."""
+    every: bool = False
+    """Asked of every engine. False: of those that have not passed `PROOFS` since they joined."""
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2 or len(self.logprobs) != len(self.tokens) - 1:

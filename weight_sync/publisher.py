@@ -5,7 +5,7 @@ under one lock (`welcomer`); between calls nothing runs.
     publisher.wait_for_engines({"small-0"}, timeout_s=60)
     publisher.begin(1)
     for bucket in plan.buckets:
-        publisher.write(bucket, gathered_tensors)
+        publisher.write(bucket, gathered_pieces)
     report = publisher.commit(probe)
     publisher.welcome()             # again and again, until the next begin
 
@@ -21,27 +21,31 @@ Invariants
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Final
 
-import msgspec
 import torch
-import zmq
 
-from asyncrl.weight_sync import sockets, wire
+from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.config import WeightSyncConfig
-from asyncrl.weight_sync.errors import EnginesMissing, ProbeMismatch, SyncAborted, WeightSyncError
-from asyncrl.weight_sync.exchange import Exchange, messages
+from asyncrl.weight_sync.errors import SyncAborted, WeightSyncError
+from asyncrl.weight_sync.exchange import Exchange
+from asyncrl.weight_sync.hosts import this_host
+from asyncrl.weight_sync.members import Members
 from asyncrl.weight_sync.plan import Bucket, Plan
-from asyncrl.weight_sync.probe import Difference, Probe, largest_difference
+from asyncrl.weight_sync.probe import Difference, Probe
 from asyncrl.weight_sync.report import SyncReport, TransactionReport
-from asyncrl.weight_sync.roster import Roster
+from asyncrl.weight_sync.served import ServedVersions
+from asyncrl.weight_sync.settling import sync_report
+from asyncrl.weight_sync.shm import SLOTS
 from asyncrl.weight_sync.slots import Slots
+from asyncrl.weight_sync.sockets import Secure
+from asyncrl.weight_sync.topology import Place, pulled_by
 from asyncrl.weight_sync.transaction import Transaction
+from asyncrl.weight_sync.verification import differences, shared_fault
 from asyncrl.weight_sync.version import Version
+from asyncrl.weight_sync.wire import SharedFile, Source
 
 logger = logging.getLogger(__name__)
 
@@ -57,24 +61,33 @@ def never() -> bool:
 class Publisher:
     """Sends versions of one model, laid out by one plan, to the engines that joined."""
 
-    def __init__(self, config: WeightSyncConfig, run_id: str, plan: Plan, host: str = "127.0.0.1") -> None:
-        """Takes twice the plan's bytes of shared memory and binds a free port. Raises `SharedMemoryError`."""
+    def __init__(
+        self,
+        config: WeightSyncConfig,
+        run_id: str,
+        plan: Plan,
+        host: str = "127.0.0.1",
+        secure: Secure | None = None,
+        *,
+        slots: int = SLOTS,
+    ) -> None:
+        """Takes `slots` (2 or more) times the plan's bytes of shared memory and binds a free port. Raises `SharedMemoryError`."""
         self.version = -1
         """The last committed one."""
         self._timeout_s = config.timeout_s
         self._plan = plan
-        self._slots = Slots(run_id, plan)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._slots = Slots(run_id, plan, slots)
         try:
-            self._socket, self.endpoint = sockets.router(self._context, host)
+            self._members = Members(host, secure)
         except BaseException:
             self._slots.close()
             raise
-        self._roster = Roster()
-        self._attempt = 0
+        self.endpoint = self._members.endpoint
+        self._transport = config.transport
+        self._place = Place(host=this_host())
+        self._served = ServedVersions(plan, host, secure, deltas=config.delta)
         self._draft: Version | None = None
         self._live: Version | None = None
-        self._ignored: Counter[str] = Counter()
         self._closed = False
 
     def __enter__(self) -> Publisher:
@@ -86,22 +99,17 @@ class Publisher:
     @property
     def engines(self) -> dict[str, int]:
         """Engines that the next version goes to, and the version that each runs, -1 for none."""
-        self._take_in()
-        return dict(self._roster.versions)
+        return self._members.engines
+
+    @property
+    def behind(self) -> list[str]:
+        """Engines that do not run the last committed version."""
+        self._members.take_in()
+        return self._members.roster.behind(self.version) if self.version >= 0 else []
 
     def wait_for_engines(self, engine_ids: Set[str], timeout_s: float) -> None:
         """Return when all of `engine_ids` have joined. Raises `EnginesMissing` after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        # Waits for: joins. Unblocked by: engines that connect. Ends: all joined, or the deadline.
-        while missing := frozenset(engine_ids) - self.engines.keys():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise EnginesMissing(
-                    f"expected {len(engine_ids)} engines at {self.endpoint} within {timeout_s:g} s, missing: "
-                    f"{', '.join(sorted(missing))}. Look in their logs, or raise the pool's start_timeout_s.",
-                    missing,
-                )
-            self._socket.poll(math.ceil(left_s * 1000))
+        self._members.wait_for(engine_ids, timeout_s)
 
     def begin(self, version: int) -> None:
         """Start writing `version`, which must be above the last committed one. The time of the sync runs from here."""
@@ -113,12 +121,14 @@ class Publisher:
             )
         if version <= self.version:
             raise WeightSyncError(f"version {version}: expected one above {self.version}, the last committed")
+        self._make_room(version)
+        self._served.free(self._slots.oldest)
         self._draft = Version(version, self._slots.next(), self._plan)
 
-    def write(self, bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy one bucket into shared memory, from any device, cast to the wire dtype on the way. Buckets come in the
-        plan's order; tensors of other buckets are ignored. Raises `WeightSyncError` for what does not fit the plan."""
-        self._begun("write").write(bucket, tensors)
+    def write(self, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> None:
+        """Copy one bucket into shared memory: a flat tensor for each of its pieces, from any device, cast to the wire dtype on
+        the way. Buckets come in the plan's order. Raises `WeightSyncError` for what does not fit the plan."""
+        self._begun("write").write(bucket, pieces)
 
     def abandon(self) -> None:
         """Forget a version that is begun and not committed, such as when gathering failed. No engine knows of it."""
@@ -129,21 +139,20 @@ class Publisher:
 
         Engines that could not take it are named in the report's `out_of_service`; they may be all. Raises `SyncAborted`
         (the old version is live everywhere; the version may be begun again) if writing took too long or the bytes changed
-        since, `ProbeMismatch` (live, but not right), or `WeightSyncError` if buckets are missing.
+        since, `ProbeMismatch` (live, but not right) if engines failed the probe and none is left that runs it, or
+        `WeightSyncError` if buckets are missing.
         """
         draft = self._begun("commit")
-        draft.offer()
+        draft.check_complete()
         self._draft, draft.probe = None, probe
-        self._take_in()
-        report, exchange = self._send(draft, self._roster.versions, draft.started, never)
+        self._members.take_in()
+        report, exchange = self._send(draft, self._members.roster.versions, draft.started, never)
         if not report.committed:
             self._commit_alone(draft, report)
-        differences = _differences(probe, report, exchange)
-        sync = self._report(report, differences, draft.started, draft.write_s)
-        if probe is not None and differences:
-            engine, worst = max(differences.items(), key=lambda item: item[1].size)
-            if not worst.size <= probe.tolerance:
-                raise ProbeMismatch(engine, report.version, worst.position, worst.expected, worst.got, sync)
+        found = differences(probe, exchange.answers)
+        sync = self._report(draft, report, exchange, found, draft.started, draft.write_s)
+        if (fault := shared_fault(probe, found, sync)) is not None:
+            raise fault
         return sync
 
     def welcome(self, give_way: Callable[[], bool] = never) -> SyncReport | None:
@@ -156,51 +165,44 @@ class Publisher:
         live, started = self._live, time.monotonic()
         if live is None:
             return None
-        self._take_in()
-        waiting = self._roster.behind(live.number)
+        self._members.take_in()
+        waiting = self._members.roster.behind(live.number)
         if not waiting:
             return None
         report, exchange = self._send(live, waiting, started, give_way)
-        differences = _differences(live.probe, report, exchange)
-        sync = self._report(report, differences, started, write_s=0.0)
-        for engine, found in differences.items():
-            if live.probe is None or found.size <= live.probe.tolerance:
-                continue
-            error = ProbeMismatch(engine, live.number, found.position, found.expected, found.got, sync)
-            self._roster.drop(engine)
-            exchange.dismiss(engine, str(error))
-            sync = msgspec.structs.replace(sync, out_of_service={**sync.out_of_service, engine: str(error)})
-        return sync
+        found = differences(live.probe, exchange.answers)
+        return self._report(live, report, exchange, found, started, write_s=0.0)
 
     def close(self) -> None:
         """Free the port and the shared memory. May be called twice."""
         self._closed = True
         self._draft = self._live = None
+        self._served.close()
         self._slots.close()
-        if not self._socket.closed:
-            sockets.close(self._socket)
-            self._context.term()
+        self._members.close()
+
+    def _make_room(self, version: int) -> None:
+        """Nobody reads what is to be written over: who took part in the last sync is at rest, or has its bytes to itself."""
 
     def _begun(self, what: str) -> Version:
         if self._draft is None:
             raise WeightSyncError(f"{what}: no version is begun; call begin(version) first")
         return self._draft
 
-    def _take_in(self) -> None:
-        """Joins and farewells that came since the last call; anything else answers an attempt that is over."""
-        for engine_id, message in messages(self._socket, self._ignored):
-            if isinstance(message, wire.Join | wire.Leave):
-                self._roster.note(engine_id, message)
-            else:
-                self._ignored[f"{type(message).__name__.lower()} after its attempt"] += 1
+    def _source(self, version: Version, engine_id: str) -> Source:
+        """Where this engine gets the version's bytes."""
+        engine = Place(host=self._members.roster.joins[engine_id].host)
+        pulled = pulled_by(self._place, engine) if self._transport == "auto" else self._transport
+        if pulled == "tcp":
+            return self._served.source(version)
+        return SharedFile(path=str(version.slot.path))
 
     def _send(
         self, version: Version, engines: Iterable[str], started: float, give_way: Callable[[], bool]
     ) -> tuple[TransactionReport, Exchange]:
         """One attempt. `started`: when the time of the sync began to run. Settled also if it raises."""
-        self._attempt += 1
+        attempt, now = self._members.next_attempt(), time.monotonic()
         staging_deadline = started + STAGING_SHARE * self._timeout_s
-        now = time.monotonic()
         transaction = Transaction(
             version.number,
             engines,
@@ -208,13 +210,18 @@ class Publisher:
             staging_deadline=staging_deadline,
             deadline=started + self._timeout_s,
         )
-        for reason, count in self._ignored.items():
+        for reason, count in self._members.ignored.items():
             transaction.ignore(reason, count)
-        self._ignored.clear()
-        propose = wire.Propose(
-            attempt=self._attempt, offer=version.offer(), timeout_s=max(staging_deadline - now, 0.0)
-        )
-        exchange = Exchange(self._socket, transaction, propose, version.probe.tokens if version.probe else ())
+        self._members.ignored.clear()
+
+        def propose_for(engine_id: str) -> wire.Propose:
+            offer = version.offer(self._source(version, engine_id))
+            return wire.Propose(attempt=attempt, offer=offer, timeout_s=max(staging_deadline - now, 0.0))
+
+        def probe_for(engine_id: str) -> Probe | None:
+            return self._members.roster.to_ask(engine_id, version.probe)
+
+        exchange = Exchange(self._members.socket, transaction, attempt, propose_for, probe_for)
         try:
             return exchange.run(give_way), exchange
         finally:
@@ -222,7 +229,7 @@ class Publisher:
                 self._settle(version, transaction.report, exchange)
 
     def _settle(self, version: Version, report: TransactionReport, exchange: Exchange) -> None:
-        self._roster.settle(report, exchange.comings)
+        self._members.roster.settle(report, exchange.comings, exchange.answers.keys())
         if not report.committed:
             return
         self._make_live(version)
@@ -256,27 +263,13 @@ class Publisher:
 
     def _report(
         self,
+        version: Version,
         report: TransactionReport,
-        differences: Mapping[str, Difference],
+        exchange: Exchange,
+        found: Mapping[str, Difference],
         started: float,
         write_s: float,
     ) -> SyncReport:
-        return SyncReport(
-            version=report.version,
-            seconds=time.monotonic() - started,
-            write_s=write_s,
-            transaction_s=report.seconds,
-            total_bytes=self._plan.total_bytes,
-            engines=report.members,
-            out_of_service=report.out_of_service,
-            probe_max_diff={name: difference.size for name, difference in differences.items()},
-            ignored=report.ignored,
+        return sync_report(
+            self._members, self._plan, version.digest, report, exchange, found, started, write_s
         )
-
-
-def _differences(probe: Probe | None, report: TransactionReport, exchange: Exchange) -> dict[str, Difference]:
-    """Of the engines that run the version, where it was probed."""
-    if probe is None:
-        return {}
-    applied = (name for name, member in report.members.items() if member.outcome == "applied")
-    return {name: largest_difference(probe, exchange.answers[name]) for name in applied}

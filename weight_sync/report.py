@@ -69,6 +69,8 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     seconds: float
     """From `begin` (or the welcome) until settled."""
+    wait_s: float = 0.0
+    """Of them, at the beginning: for engines that were too far behind."""
     write_s: float
     """Of them, within `write`: copies and checksums. The rest before the offer is the learner's gathering. A welcome
     writes nothing."""
@@ -81,7 +83,9 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
     """Engines that did not take the version, with their errors. Each was told to end, if it could be told; one that is
     `late` may hang and never hear of it."""
     probe_max_diff: dict[str, float]
-    """Largest |difference| of a probe logprob per engine; empty if the sync was not verified."""
+    """Largest |difference| of a probe logprob, for each engine that was probed."""
+    digest: str = ""
+    """Of the version's bytes as the learner wrote them (`checksum.version_digest`)."""
     ignored: dict[str, int]
     """Messages that changed nothing: reason -> count."""
 

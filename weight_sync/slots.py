@@ -1,70 +1,61 @@
-"""The `shm` transport as the learner sees it: two files in shared memory that take turns.
+"""The `shm` transport as the learner sees it: files in shared memory that take turns, two or more.
 
 Invariants
 ----------
-- Both files get all their memory when they are created, so that a full /dev/shm is an error at start and not a bus
+- The files get all their memory when they are created, so that a full /dev/shm is an error at start and not a bus
   error in a copy; they are reused, as the first touch of a page costs several times a copy.
-- The file of the last committed version is not written while the next one is: they alternate at `committed`. So that
-  version can be offered to engines that come later, until the one after the next is begun.
+- The file of the last committed version is not written while the next one is: the turn passes on at `committed`. So with N
+  files a version can be offered, or read, until the N-th after it is begun.
 - A file that an unaccounted engine may still read is never written again: `Slot.retire` marks it, and when its turn to be
   written comes, it is unlinked and a new one takes its name. Until then its bytes can still be offered.
-- `close` unlinks both. A killed learner leaves them; `shm.remove_leftovers` clears them away.
+- `close` unlinks all. A killed learner leaves them; `shm.remove_leftovers` clears them away.
 Called by the publisher, from one thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from asyncrl.weight_sync.checksum import bucket_checksum
-from asyncrl.weight_sync.errors import SharedMemoryError, WeightSyncError
-from asyncrl.weight_sync.plan import Bucket, Plan, TensorSpec
+from asyncrl.weight_sync.errors import SharedMemoryError
+from asyncrl.weight_sync.pieces import put, put_summed
+from asyncrl.weight_sync.plan import Bucket, Piece, Plan
 from asyncrl.weight_sync.shm import FOLDER, SLOTS, slot_path
 
 
 class Slot:
     """One file, mapped for writing."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """`size` in bytes. Replaces a file that a killed learner left. Raises `SharedMemoryError`."""
+    def __init__(self, path: Path, plan: Plan) -> None:
+        """Room for a version of `plan`. Replaces a file that a killed learner left. Raises `SharedMemoryError`."""
         self.path = path
+        self._plan = plan
+        size = plan.total_bytes
         self.retired = False
         self._map = _create(path, size)
         self._bytes = (
             torch.frombuffer(self._map, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         )
 
-    def write(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
-        """Copy `tensor` (any device, shape of `spec`) to its place: one copy, with the cast to the wire dtype in it.
+    def write(self, piece: Piece, values: torch.Tensor) -> None:
+        """Copy `values` to their place: see `pieces.put`."""
+        put(self._bytes, self._plan, piece, values)
 
-        Raises `WeightSyncError` for another shape, or for a cast between floating and other kinds.
-        """
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        if tuple(tensor.shape) != spec.shape:
-            raise WeightSyncError(
-                f"tensor {spec.name!r}: expected shape {spec.shape}, got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
-            raise WeightSyncError(f"tensor {spec.name!r}: expected dtype {dtype}, got {tensor.dtype}")
-        place = self._bytes[spec.offset : spec.offset + spec.size].view(dtype).view(spec.shape)
-        place.copy_(tensor.detach())
+    def fill(self, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> int:
+        """Write `pieces`, one tensor for each of the bucket's, and return its checksum. Raises `WeightSyncError` for one that
+        is missing or does not fit."""
+        return put_summed(self._bytes, self._plan, bucket, pieces)
 
-    def fill(self, bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Write every tensor of `bucket` and return its checksum. Raises `WeightSyncError` for a tensor that is missing
-        or does not fit."""
-        for spec in bucket.tensors:
-            if spec.name not in tensors:
-                raise WeightSyncError(
-                    f"tensor {spec.name!r} of bucket {bucket.index} is not among the {len(tensors)} tensors given"
-                )
-            self.write(spec, tensors[spec.name])
-        # One pass over the whole bucket: summing pieces while they are in the cache was measured to be slower.
-        return self.checksum(bucket)
+    @property
+    def view(self) -> memoryview:
+        """The version's bytes, to be read."""
+        return memoryview(self._map)[: self._plan.total_bytes].toreadonly()
 
     def checksum(self, bucket: Bucket) -> int:
         """Of the bytes as they are now in shared memory."""
@@ -81,38 +72,45 @@ class Slot:
         self.path.unlink(missing_ok=True)
         # The tensor exports the mapping's buffer, which cannot be closed before the tensor is gone.
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._map.close()
+        # A view that is on its way to an engine keeps the memory, which then goes with it.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class Slots:
-    """The two files of one learner."""
+    """The files of one learner."""
 
-    def __init__(self, run_id: str, plan: Plan) -> None:
-        """Takes `2 * plan.total_bytes` of shared memory. Raises `SharedMemoryError`."""
-        self._size = plan.total_bytes
+    def __init__(self, run_id: str, plan: Plan, count: int = SLOTS) -> None:
+        """Takes `count * plan.total_bytes` of shared memory, `count` 2 or more. Raises `SharedMemoryError`."""
+        self._plan = plan
         self._slots: list[Slot] = []
         self._next = 0
         try:
-            for slot in range(SLOTS):
-                self._slots.append(Slot(slot_path(run_id, slot), self._size))
+            for slot in range(count):
+                self._slots.append(Slot(slot_path(run_id, slot), plan))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def oldest(self) -> Slot:
+        """The file of the version that `next()` is written over, or is put away for."""
+        return self._slots[self._next]
 
     def next(self) -> Slot:
         """The file to write the next version into. Raises `SharedMemoryError` if a retired one cannot be replaced."""
         slot = self._slots[self._next]
         if slot.retired:
             slot.close()
-            self._slots[self._next] = Slot(slot.path, self._size)
+            self._slots[self._next] = Slot(slot.path, self._plan)
         return self._slots[self._next]
 
     def committed(self) -> None:
         """The version in `next()` is live: leave its file alone while the next version is written."""
-        self._next = (self._next + 1) % SLOTS
+        self._next = (self._next + 1) % len(self._slots)
 
     def close(self) -> None:
-        """Unlink both files. May be called twice."""
+        """Unlink the files. May be called twice."""
         while self._slots:
             self._slots.pop().close()
 
@@ -131,7 +129,7 @@ def _create(path: Path, size: int) -> mmap.mmap:
         path.unlink(missing_ok=True)
         free = os.statvfs(FOLDER)
         raise SharedMemoryError(
-            f"{path}: expected room for {size} bytes ({SLOTS} such files are needed), {FOLDER} has "
+            f"{path}: expected room for {size} bytes (needed {SLOTS} times, or max_lag_versions times if that is more), {FOLDER} has "
             f"{free.f_bavail * free.f_frsize} bytes free ({error.strerror}). Enlarge it (docker: --shm-size), or "
             f"remove leftovers of dead runs: {FOLDER}/asyncrl-*.weights"
         ) from error

@@ -6,11 +6,17 @@
 
 A member that fails, is lost, leaves, or does not stage by the staging deadline is out, and the others go on without it.
 
+Not so where the bytes come to all members `together`, over a group that breaks with any of them: who fails, is lost or leaves
+before the commit point takes the attempt with it. That the group broke (`broke`, `cut`, or nothing by the staging deadline)
+does not say whose fault it is: `broken` is set, whoever sends calls the transfer off, and members that say within `settle_s`
+that they were cut off, or that they have staged, keep their version; who says nothing is late.
+
 Invariants (held by `tests/unit/weight_sync/test_transaction.py` over random schedules)
 ----------
 - A member is told to apply only after it staged, and when every other one staged or is out; nobody is told both to apply
   and to abort.
-- ABORTED: nobody was told to apply. COMMITTED: every member applied, left, or is out of service.
+- ABORTED: nobody was told to apply. COMMITTED: every member applied, left, or is out of service. Together: also that every
+  member staged.
 - A member that is out of service is named with its error, and dismissed unless its connection is gone.
 - `Finished` comes exactly once and is the last action; a tick at or after `deadline` always brings it.
 - Facts that are late, repeated, premature or from strangers change nothing; each is counted with its reason.
@@ -78,20 +84,34 @@ class Transaction:
     """The state of one sync. Each method takes one fact and returns what to do about it, in order."""
 
     def __init__(
-        self, version: int, members: Iterable[str], *, now: float, staging_deadline: float, deadline: float
+        self,
+        version: int,
+        members: Iterable[str],
+        *,
+        now: float,
+        staging_deadline: float,
+        deadline: float,
+        together: bool = False,
+        settle_s: float = 0.0,
     ) -> None:
         """Past `staging_deadline` it goes on without those that have not staged; past `deadline` it ends in any case.
 
-        Without members it aborts at once. Raises `ValueError` for a staging deadline after the deadline.
+        `together`, `settle_s`: see above. Without members it aborts at once. Raises `ValueError` for a staging deadline after
+        the deadline.
         """
         self.version = version
         self.phase = Phase.STAGING
         self.report: TransactionReport | None = None
         """Set once finished."""
+        self.broken = ""
+        """Why the group broke; set only where members take it together."""
         self._members = {name: MemberReport() for name in sorted(members)}
         self._started = now
         self._staging_deadline = staging_deadline
         self._deadline = deadline
+        self._together = together
+        self._settle_s = settle_s
+        self._settled_by = deadline
         self._offered = False
         self._ignored: Counter[str] = Counter()
         if staging_deadline > deadline:
@@ -105,7 +125,9 @@ class Transaction:
     @property
     def next_deadline(self) -> float:
         """When the next `tick` is needed at the latest."""
-        return self._staging_deadline if self.phase is Phase.STAGING else self._deadline
+        if self.phase is not Phase.STAGING:
+            return self._deadline
+        return self._settled_by if self.broken else self._staging_deadline
 
     @property
     def waiting_for(self) -> list[str]:
@@ -145,7 +167,25 @@ class Transaction:
         if not self._expects(name, "failed", owing, self.phase):
             return due
         self._update(name, outcome="failed", error=error)
-        return [*due, SendDismiss(name, error), *self._go_on(now)]
+        return [*due, SendDismiss(name, error), *self._without(name, now)]
+
+    def cut(self, name: str, now: float, error: str) -> Actions:
+        """The group broke while `name` received, and nothing is wrong with `name` itself. Not together, that is its failure."""
+        if not self._together:
+            return self.failed(name, now, error)
+        due = self.tick(now)
+        if not self._expects(name, "cut", "pending", Phase.STAGING):
+            return due
+        self._update(name, outcome="kept", error=error)
+        return [*due, *self.broke(now, f"{name}: {error}")]
+
+    def broke(self, now: float, error: str) -> Actions:
+        """Sending to the group failed."""
+        due = self.tick(now)
+        if not self._together or self.report is not None or self.phase is not Phase.STAGING:
+            return due
+        self._break(now, error)
+        return [*due, *self._go_on(now)]
 
     def lost(self, name: str, now: float, error: str) -> Actions:
         """`name` can no longer be reached: it is out also if it had answered."""
@@ -168,11 +208,17 @@ class Transaction:
             return []
         allowed_s = self.next_deadline - self._started
         error = f"no answer within {allowed_s:.1f} s ({self.phase.value})"
+        if self.phase is Phase.STAGING and self._together and not self.broken:
+            if now < self._deadline:
+                self._break(now, f"not every engine had it within {allowed_s:.1f} s")
+                return []
+            # Nobody was asked whose fault that is.
+            return self._abort(now, "no time was left to apply it")
         dismissed: Actions = [SendDismiss(name, error) for name in self.waiting_for]
         for name in self.waiting_for:
             self._update(name, outcome="late", error=error)
         if self.phase is Phase.STAGING and now >= self._deadline:
-            return [*dismissed, *self._abort(now, "no time was left to apply it")]
+            return [*dismissed, *self._abort(now, self.broken or "no time was left to apply it")]
         return [*dismissed, *self._go_on(now)]
 
     def ignore(self, reason: str, count: int = 1) -> None:
@@ -208,12 +254,25 @@ class Transaction:
             self.ignore(f"{outcome} after it was out")
             return due
         self._update(name, outcome=outcome, error=error)
-        return [*due, *self._go_on(now)]
+        return [*due, *self._without(name, now)]
+
+    def _without(self, name: str, now: float) -> Actions:
+        """`name` is out."""
+        if self._together and self.phase is Phase.STAGING:
+            return self._abort(now, f"{name} {self._members[name].outcome}: {self._members[name].error}")
+        return self._go_on(now)
+
+    def _break(self, now: float, error: str) -> None:
+        if not self.broken:
+            self.broken = error
+            self._settled_by = min(now + self._settle_s, self._deadline)
 
     def _go_on(self, now: float) -> Actions:
         """To the next phase, once nobody is waited for."""
         if self.waiting_for:
             return []
+        if self.broken and self.phase is Phase.STAGING:
+            return self._abort(now, self.broken)
         if self.phase is Phase.APPLYING:
             self.phase = Phase.COMMITTED
             return [self._finish(now, "")]

@@ -5,15 +5,16 @@ publisher, for the version that is being written and for the one that is live.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
+from asyncrl.weight_sync.checksum import version_digest
 from asyncrl.weight_sync.errors import WeightSyncError
 from asyncrl.weight_sync.plan import Bucket, Plan
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.slots import Slot
-from asyncrl.weight_sync.wire import Offer
+from asyncrl.weight_sync.wire import Offer, Source
 
 
 class Version:
@@ -29,7 +30,7 @@ class Version:
         self._plan = plan
         self._checksums: list[int] = []
 
-    def write(self, bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write(self, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> None:
         """See `Publisher.write`."""
         started = time.monotonic()
         index = len(self._checksums)
@@ -38,22 +39,30 @@ class Version:
                 f"version {self.number}: bucket {bucket.index} out of order, expected bucket {index} of "
                 f"{len(self._plan.buckets)} of the publisher's plan"
             )
-        self._checksums.append(self.slot.fill(bucket, tensors))
+        self._checksums.append(self.slot.fill(bucket, pieces))
         self.write_s += time.monotonic() - started
 
-    def offer(self) -> Offer:
+    def offer(self, source: Source) -> Offer:
+        """Of these bytes, to be had from `source`. Raises `WeightSyncError` if buckets are missing."""
+        self.check_complete()
+        return Offer(version=self.number, source=source, plan=self._plan, checksums=tuple(self._checksums))
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        """Of each bucket that is written."""
+        return tuple(self._checksums)
+
+    @property
+    def digest(self) -> str:
+        """Of its bytes as they were written."""
+        return version_digest(self._checksums)
+
+    def check_complete(self) -> None:
         """Raises `WeightSyncError` if buckets are missing."""
         if len(self._checksums) < len(self._plan.buckets):
             raise WeightSyncError(
                 f"version {self.number}: expected {len(self._plan.buckets)} buckets, {len(self._checksums)} are written"
             )
-        return Offer(
-            version=self.number,
-            transport="shm",
-            location=str(self.slot.path),
-            plan=self._plan,
-            checksums=tuple(self._checksums),
-        )
 
     def is_intact(self) -> bool:
         """Whether the bytes in shared memory are those that were written: one pass over them."""

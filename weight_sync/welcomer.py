@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 INTERVAL_S: Final = 0.2
 """How long an engine that has joined waits before it is seen, at most."""
 CLOSE_S: Final = 5.0
+_CATCH_UP_S: Final = 0.1
 _KEPT: Final = 1000
 """Reports that are kept until they are taken; the oldest go first."""
 
@@ -42,6 +44,8 @@ class Welcomer:
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         self._closing = threading.Event()
+        self._look = threading.Event()
+        """There is something to do before the interval is over."""
         self._error: Exception | None = None
         self._reports: deque[SyncReport] = deque(maxlen=_KEPT)
         self._thread = threading.Thread(target=self._run, name="asyncrl-welcome", daemon=True)
@@ -60,6 +64,7 @@ class Welcomer:
                 yield
         finally:
             self._wanted.clear()
+            self._look.set()
 
     def check(self) -> None:
         """Raises what ended the thread, if anything did. Nobody would bring engines to the present version any more, and who
@@ -75,9 +80,20 @@ class Welcomer:
             taken.append(self._reports.popleft())
         return taken
 
+    def catch_up(self, timeout_s: float) -> None:
+        """Waits for engines that do not run the present version yet. Unblocked by the thread. Ends when there is none, which is so
+        by their own deadlines, or after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with self.paused():
+                if not self._publisher.behind:
+                    return
+            time.sleep(_CATCH_UP_S)
+
     def close(self) -> None:
         """End the thread; the publisher is the caller's then. Raises `WeightSyncError` if it does not end."""
         self._closing.set()
+        self._look.set()
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             raise WeightSyncError(
@@ -85,29 +101,33 @@ class Welcomer:
             )
 
     def _run(self) -> None:
-        """Waits for the interval. Unblocked by time, or by `close`. Ends closed, or with an error."""
+        """Waits for the interval. Unblocked by time, the end of a pause, or `close`. Ends closed, or with an error."""
         try:
-            while not self._closing.wait(INTERVAL_S):
-                self._welcome()
+            while not self._closing.is_set():
+                if not self._welcome():
+                    self._look.wait(INTERVAL_S)
+                    self._look.clear()
         except _Closing:
             return
         except Exception as error:
             logger.exception("welcoming engines ended")
             self._error = error
 
-    def _welcome(self) -> None:
+    def _welcome(self) -> bool:
+        """Whether there may be more to do at once."""
         if self._wanted.is_set():
-            return
+            return False
         with self._lock:
             report = self._publisher.welcome(self._give_way)
         if report is None:
-            return
+            return False
         self._reports.append(report)
         for engine, member in report.engines.items():
             reason = report.out_of_service.get(engine, member.error)
             logger.info(
                 "engine=%s welcome version=%d outcome=%s %s", engine, report.version, member.outcome, reason
             )
+        return True
 
     def _give_way(self) -> bool:
         if self._closing.is_set():

@@ -12,19 +12,65 @@ from typing import Final
 import msgspec
 
 from asyncrl.weight_sync.plan import Plan
+from asyncrl.weight_sync.probe import Probe
+
+
+class SharedFile(msgspec.Struct, frozen=True, kw_only=True, tag="shm"):
+    """The bytes lie in a file of the engine's host: one under /dev/shm that the learner wrote, or the memory into which the
+    engine's own process fetched them, named /proc/PID/fd/N. Complete, and not written again until this version was applied
+    or discarded."""
+
+    path: str
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True, tag="tcp"):
+    """The bytes are to be had from the learner's chunk server."""
+
+    endpoint: str
+    base: int = -1
+    """The version against which it has deltas; -1 for none."""
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True, tag="collective"):
+    """The bytes come over a torch.distributed group for each sender, of which the sender is rank 0."""
+
+    backend: str
+    """`gloo` or `nccl`."""
+    stores: tuple[str, ...]
+    """host:port of each sender's TCPStore."""
+    name: str
+    """Of the groups: never used twice at one store."""
+    rank: int
+    """This engine's, in each of the groups; from 1."""
+    size: int
+    """Ranks of each group."""
+    made: bool
+    """False: the groups are to be made anew. True: those of this name are used again."""
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True, tag="ipc"):
+    """The bytes lie in memory of the GPU that learner and engine share, complete, in an allocation of their own. The learner may
+    write it again once it has given this engine up, so they are verified before and after they are loaded."""
+
+    device: str
+    """UUID of the GPU."""
+    handle: bytes
+    """CUDA IPC handle of the allocation (`cuda_memory`)."""
+    allocation_bytes: int
+
+
+Source = SharedFile | Served | Group | DeviceMemory
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     """A version is ready to be taken: where its bytes are and what they must sum to."""
 
     version: int
-    transport: str
-    """`shm`: `location` is a file under /dev/shm with the bytes of `plan`, complete, not written again until every
-    receiver has applied or discarded this version."""
-    location: str
+    source: Source
     plan: Plan
     checksums: tuple[int, ...]
-    """xxh3_64 of each bucket's bytes."""
+    """Of each bucket's bytes, 64 bits, unsigned: `device_sum.bucket_sum` for `DeviceMemory`, xxh3_64 for the others; empty where
+    they come with the buckets (`Group`)."""
 
 
 class Propose(msgspec.Struct, frozen=True, kw_only=True, tag="propose"):
@@ -40,8 +86,8 @@ class Apply(msgspec.Struct, frozen=True, kw_only=True, tag="apply"):
     """To an engine: make the staged version live. Answered by `Applied` or `Failed`."""
 
     attempt: int
-    probe: tuple[int, ...]
-    """Tokens to answer with logprobs under the new weights; empty: none."""
+    probe: Probe | None = None
+    """What to answer under the new weights before a token sampled from them may leave the engine."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -68,6 +114,10 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
 
     version: int
     """The one I run, -1 for none."""
+    host: str = ""
+    """What names the memory that I can map: see `hosts.this_host`."""
+    devices: tuple[str, ...] = ()
+    """UUIDs of the GPUs that I run on."""
 
 
 class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):
@@ -90,8 +140,10 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, tag="applied"):
     apply_s: float
     stall_s: float
     """Time in which no decode step could run."""
-    probe: tuple[float, ...]
-    """Logprob of each probe token after the first."""
+    probe: tuple[float, ...] = ()
+    """Logprob of each probe token after the first; empty where none was asked for."""
+    digest: str = ""
+    """Of the bytes that were verified and loaded (`checksum.version_digest`); empty where the device summed them."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -100,6 +152,10 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     attempt: int
     error: str
     """The traceback."""
+    probe: tuple[float, ...] = ()
+    """The logprobs that did not pass; empty where it failed otherwise."""
+    cut: bool = False
+    """The group over which the bytes came broke; nothing is wrong with this engine."""
 
 
 ToEngine = Propose | Apply | Abort | Dismiss | Ping

@@ -5,23 +5,17 @@ one rank --A--> two ranks --B--> four ranks in two replicas --C--> one rank
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from batches import Row, batch, plain, write_folder
+from rank_processes import run_ranks
 from safetensors.numpy import load_file
 
-from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.checkpoint_folder import newest
-from asyncrl.learner.tiny_model import character_tokenizer, new_model
 
-DEADLINE_S = 250
 TOLERANCE = 1e-5
 
 RANK = textwrap.dedent(
@@ -36,7 +30,7 @@ RANK = textwrap.dedent(
     from asyncrl.learner.sharding_config import ShardingConfig
     from asyncrl.learner.step import Learner
 
-    folder, rank, ranks, address, replicas = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+    folder, rank, ranks, address, replicas = Path(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], int(sys.argv[6])
     learner = Learner(
         LearnerConfig(
             device="cpu", ranks=ranks, learning_rate=3e-4, minibatches_per_step=2, tokens_per_microbatch=120,
@@ -65,7 +59,7 @@ RANK = textwrap.dedent(
     def die_while_writing(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    for action, *arguments in (line.split() for line in sys.argv[6].split(";")):
+    for action, *arguments in (line.split() for line in sys.argv[7].split(";")):
         if action == "restore":
             learner.restore(folder / arguments[0])
         elif action == "killed":  # the last rank dies in the middle of a checkpoint
@@ -86,62 +80,20 @@ RANK = textwrap.dedent(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    tokenizer = character_tokenizer("0123456789+=;")
-    tokenizer.save_pretrained(folder)
-    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=128, seed=3).save_pretrained(folder)
     random = np.random.default_rng(0)
-    for index in range(4):
-        with pa.ipc.new_file(str(folder / f"batch-{index}"), BATCH) as writer:
-            writer.write_table(_table(random, groups=4))
+    write_folder(folder, **{f"batch-{index}": batch(random, 4, _answer) for index in range(4)})
     return folder
 
 
-def _table(random: np.random.Generator, groups: int) -> pa.Table:
-    rows: list[dict[str, object]] = []
-    for group in range(groups):
-        prompt = random.integers(0, 13, random.integers(2, 9)).tolist()
-        for _ in range(3):
-            size = int(random.integers(2, 30))
-            rows.append(
-                {
-                    "rollout_id": len(rows),
-                    "group_id": group,
-                    "prompt_tokens": prompt,
-                    "tokens": random.integers(0, 13, size).tolist(),
-                    "logprobs": random.normal(-2.7, 0.3, size).tolist(),
-                    "versions": random.integers(2, 5, size).tolist(),
-                    "trainable": [True, *(random.random(size - 1) > 0.2).tolist()],
-                    "reward": float(len(rows) % 3 == 0),
-                    "finish_reason": "stop",
-                    "greedy": False,
-                    "cost": 0.0,
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=BATCH)
+def _answer(random: np.random.Generator, group: int, number: int) -> Row:
+    return plain(random, 3 * group + number)
 
 
 def _run(folder: Path, ranks: int, actions: str, *, replicas: int = 1, killed: bool = False) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), str(ranks), address, str(replicas), actions],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            _, errors = process.communicate(timeout=DEADLINE_S)
-            assert process.returncode == (-9 if killed and rank == ranks - 1 else 0), errors[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(timeout=10)
+    """`killed`: the last rank is to die by SIGKILL."""
+    out = folder / f"run-{len(list(folder.glob('run-*')))}"
+    died = ranks - 1 if killed else None
+    run_ranks(RANK, folder, out, ranks, str(replicas), actions, groups=1, died=died)
 
 
 def _same(folder: Path, one: str, other: str, tolerance: float = 0.0) -> None:

@@ -90,7 +90,7 @@ def test_what_a_killed_engine_core_held_goes_on_elsewhere(world: VLLMWorld, tmp_
     async def run(service: Any, client: Any) -> tuple[list[dict[str, Any]], dict[tuple[int, ...], list[int]]]:
         expected = await undisturbed(world, prompts)
         others = {child.pid for child in world.children()}
-        doomed = VLLMEngine(world.pool, world.vllm._launch.model_path, "doomed", world.max_tokens)
+        doomed = VLLMEngine(world.pool, world.vllm._core.wanted.model_path, "doomed", world.max_tokens)
         await doomed.start()
         offer = world.offers.write(world.version, world.weights["random"])
         await doomed.stage(offer)

@@ -11,6 +11,7 @@ import engine_worlds
 import pytest
 
 from asyncrl.weight_sync.config import WeightSyncConfig
+from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.publisher import Publisher
@@ -38,7 +39,7 @@ def test_a_late_engine_serves_the_present_version_from_its_first_token(world) ->
         for version, kind in enumerate(("random", "repeat", "other")):
             publisher.begin(version)
             for bucket in plan.buckets:
-                publisher.write(bucket, world.weights[kind])
+                publisher.write(bucket, cut(plan, bucket, world.weights[kind]))
             logprobs = tuple(world.reference(kind, PROBE).tolist())
             assert not publisher.commit(Probe(tokens=PROBE, logprobs=logprobs, tolerance=1e-3)).engines
         welcomer = Welcomer(publisher)

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from batches import Row, batch, plain, write_folder
 from rank_processes import run_ranks
 from safetensors.numpy import load_file
 
 from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.metrics import StepMetrics
-from asyncrl.learner.tiny_model import character_tokenizer, new_model
 
 TOLERANCE = 1e-5
 
@@ -28,6 +28,7 @@ RANK = textwrap.dedent(
     from asyncrl.learner.objective_config import GRPO
     from asyncrl.learner.faults import NonFiniteLoss
     from asyncrl.learner.step import Learner
+    from gathered import gathered
 
     folder, out, rank, ranks, address = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     config = LearnerConfig(
@@ -41,7 +42,7 @@ RANK = textwrap.dedent(
         table = pa.ipc.open_file(str(Path(folder) / name)).read_all() if rank == 0 else None
         metrics.append(learner.train(table, 4 if rank == 0 else -1))
     plan = learner.plan(20_000)
-    weights = {name: t.clone() for bucket in plan.buckets for name, t in learner.gather(bucket).items()}
+    weights = gathered(learner, plan)
     save_file(weights, str(out / f"weights-{rank}"))
     probe = learner.logprobs([3, 10, 4, 11, 7])
     learner.save(out / "model")
@@ -115,51 +116,28 @@ GRADIENTS = textwrap.dedent(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    tokenizer = character_tokenizer("0123456789+=;")
-    tokenizer.save_pretrained(folder)
-    new_model(tokenizer, hidden_size=64, layers=2, heads=2, max_tokens=128, seed=3).save_pretrained(folder)
     random = np.random.default_rng(0)
-    _write(_table(random, groups=5), folder / "batch-0")
-    _write(_table(random, groups=1), folder / "batch-1")  # 3 rollouts: the second rank has an empty pass
-    baselines = _table(random, groups=5).to_pylist()
+    first = batch(random, 5, _answer)
+    second = batch(random, 1, _answer)  # 3 rollouts: the second rank has an empty pass
+    baselines = batch(random, 5, _answer).to_pylist()
     for index, row in enumerate(baselines):
         row["reward"] = float(random.integers(0, 5)) / 4
         if index % 3 == 0:
             row |= {"greedy": True, "trainable": [False] * len(row["tokens"])}
-    _write(pa.Table.from_pylist(baselines, schema=BATCH), folder / "baselines")
-    broken = _table(random, groups=4).to_pylist()
+    broken = batch(random, 4, _answer).to_pylist()
     broken[5]["logprobs"][0] = float("nan")
-    _write(pa.Table.from_pylist(broken, schema=BATCH), folder / "broken")
+    more = {
+        name: pa.Table.from_pylist(rows, schema=BATCH)
+        for name, rows in {"baselines": baselines, "broken": broken}.items()
+    }
+    write_folder(folder, **{"batch-0": first, "batch-1": second}, **more)
     return folder
 
 
-def _table(random: np.random.Generator, groups: int) -> pa.Table:
-    rows: list[dict[str, object]] = []
-    for group in range(groups):
-        prompt = random.integers(0, 13, random.integers(2, 9)).tolist()
-        for _ in range(3):
-            size = int(random.integers(2, 30))
-            rows.append(
-                {
-                    "rollout_id": len(rows),
-                    "group_id": group,
-                    "prompt_tokens": prompt,
-                    "tokens": random.integers(0, 13, size).tolist(),
-                    "logprobs": random.normal(-2.7, 0.3, size).tolist(),
-                    "versions": random.integers(2, 5, size).tolist(),
-                    "trainable": [True, *(random.random(size - 1) > 0.2).tolist()],
-                    "reward": float(len(rows) % 3 == 0) + 0.5 * float(len(rows) % 5 == 0),
-                    "cost": float(len(rows) % 4 == 0),
-                    "greedy": False,
-                    "finish_reason": "stop",
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=BATCH)
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    with pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table)
+def _answer(random: np.random.Generator, group: int, number: int) -> Row:
+    index = 3 * group + number
+    row = plain(random, index)
+    return row | {"reward": row["reward"] + 0.5 * float(index % 5 == 0), "cost": float(index % 4 == 0)}
 
 
 def _report(out: Path, rank: int) -> tuple[list[StepMetrics], list[float], str]:
@@ -172,13 +150,13 @@ def test_two_ranks_do_what_one_does(folder: Path, tmp_path: Path) -> None:
     run_ranks(RANK, folder, one, 1)
     run_ranks(RANK, folder, two, 2)
     want = load_file(one / "weights-0")
-    for rank in range(2):
-        found = load_file(two / f"weights-{rank}")
-        assert found.keys() == want.keys()
-        for name in want:
-            np.testing.assert_allclose(found[name], want[name], atol=TOLERANCE, rtol=0, err_msg=name)
+    found = load_file(two / "weights-0")
+    assert found.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(found[name], want[name], atol=TOLERANCE, rtol=0, err_msg=name)
+    assert not load_file(two / "weights-1")  # it gives its rows and gets none
     saved = load_file(two / "model" / "model.safetensors")
-    assert all(np.array_equal(saved[name], load_file(two / "weights-0")[name]) for name in want)
+    assert all(np.array_equal(saved[name], found[name]) for name in want)
     metrics, probe, error = _report(one, 0)
     assert "rollouts 5 (" in error
     for rank in range(2):

@@ -19,8 +19,7 @@ async def blocks(engine: VLLMEngine) -> tuple[int, int]:
     """(blocks, tokens in each) of an engine that is started for the question."""
     try:
         await engine.start()
-        assert engine._llm is not None
-        config = engine._llm.vllm_config.cache_config
+        config = engine._core.serving().vllm_config.cache_config
         return config.num_gpu_blocks, config.block_size
     finally:
         await engine.shutdown()

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from gradient_cases import SCRIPT, SPLITS, settings, write_cases
+from gradient_cases import SCRIPT, SPLITS, on_one_rank, settings, write_cases
 from rank_processes import run_ranks
 from safetensors.numpy import load_file
 
@@ -18,20 +18,12 @@ HALF_TOLERANCE = 0.02
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("splits")
-    write_cases(folder)
-    return folder
+    return write_cases(tmp_path_factory.mktemp("splits"))
 
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    out = tmp_path_factory.mktemp("one") / "out"
-    run_ranks(SCRIPT, folder, out, 1, settings(8192))
-    gradients: dict[str, np.ndarray] = load_file(out / "gradients")
-    assert len(gradients) == len(SPLITS) * len({name.rpartition("/")[2] for name in gradients})
-    norms = msgspec.json.decode((out / "norms-0").read_bytes())
-    assert min(norms) > 0.01
-    return gradients
+    return on_one_rank(folder, tmp_path_factory.mktemp("one") / "out")
 
 
 CASES = {

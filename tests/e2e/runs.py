@@ -15,6 +15,7 @@ import msgspec
 import psutil
 
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
+from asyncrl.runtime.guard import GUARD_VARIABLE
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -82,6 +83,7 @@ class Run:
                 command, stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
             )
         self.tree = psutil.Process(self.process.pid)
+        self.run_id = run_id_of(self.process)
 
     @property
     def text(self) -> str:
@@ -176,6 +178,25 @@ class Run:
         self.process.wait(10)
 
 
+def run_id_of(guard: subprocess.Popen[bytes], timeout_s: float = 60.0) -> str | None:
+    """The id under which shared memory of this call of `asyncrl` is named. It gives it to its child, the launcher: waits until
+    there is one, or until it ended without (None)."""
+    deadline = time.monotonic() + timeout_s
+    while guard.poll() is None:
+        for child in psutil.Process(guard.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if found := child.environ().get(GUARD_VARIABLE):
+                    return found.partition(":")[2]
+        assert time.monotonic() < deadline, "the guard started no launcher"
+        time.sleep(0.02)
+    return None
+
+
+def shared_memory_of(run_id: str | None) -> list[Path]:
+    """What this run has there, and no other that goes on beside it."""
+    return sorted(SHARED_MEMORY.glob(f"asyncrl-{run_id}-*")) if run_id else []
+
+
 VLLM = (
     "pools.0.engine=vllm",
     "pools.0.engines=1",
@@ -188,14 +209,13 @@ VLLM = (
 @contextlib.contextmanager
 def launched(tmp_path: Path, model: Path, *overrides: str, start: str = "launch") -> Iterator[Run]:
     """A run that is gone at the end, with its shared memory, however it ended."""
-    shared = set(SHARED_MEMORY.glob("asyncrl-*"))
     run = Run(tmp_path, model, *overrides, start=start)
     try:
         yield run
     finally:
         run.kill()
     assert "was never retrieved" not in run.text and "never awaited" not in run.text, run.text
-    assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared
+    assert shared_memory_of(run.run_id) == []
 
 
 def tiny_model(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.buffer.reading import read_log, rollouts_table
-from tests.e2e.runs import RECIPE, SHARED_MEMORY, tiny_model
+from tests.e2e.runs import RECIPE, run_id_of, shared_memory_of, tiny_model
 
 RFT = """
 [rft]
@@ -57,16 +57,17 @@ def rft(tmp_path, *arguments):
         )
     tree = psutil.Process(process.pid)
     try:
+        run_id = run_id_of(process)
         yield process
     finally:
         for left in [*tree.children(recursive=True), tree] if process.poll() is None else []:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
         process.wait(10)
+    assert run_id is not None and shared_memory_of(run_id) == []
 
 
 def test_killed_while_it_samples_and_taken_up_again(tmp_path, model):
-    shared = set(SHARED_MEMORY.glob("asyncrl-*"))
     out, runs = tmp_path / "made", tmp_path / "runs"
     (tmp_path / "recipe.toml").write_text(RECIPE.format(runs=runs, model=model) + RFT.format(out=out))
     (tmp_path / "odd.py").write_text(REWARD)
@@ -105,7 +106,6 @@ def test_killed_while_it_samples_and_taken_up_again(tmp_path, model):
     assert len(samples) == len({s["rollout_id"] for s in samples}) == 48
     assert before.items() <= {s["rollout_id"]: s["tokens"] for s in samples}.items()
     check_made(runs / "test-rft", out, model)
-    assert set(SHARED_MEMORY.glob("asyncrl-*")) <= shared
 
 
 def check_made(folder, out, model):

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from gathered import gathered
 
 from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.config import LearnerConfig
@@ -49,7 +50,7 @@ def _step(folder: Path, **settings: object) -> tuple[StepMetrics, dict[str, torc
     try:
         metrics = learner.train(_table(), 3)
         plan = learner.plan(2**20)
-        return metrics, {n: t.cpu().clone() for b in plan.buckets for n, t in learner.gather(b).items()}
+        return metrics, gathered(learner, plan)
     finally:
         learner.close()
 

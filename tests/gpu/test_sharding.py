@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gradient_cases import SCRIPT, settings, write_cases
+from gradient_cases import SCRIPT, on_one_rank, settings, write_cases
 from rank_processes import run_ranks
 from safetensors.numpy import load_file
 
@@ -37,17 +37,12 @@ HYBRID = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("splits")
-    write_cases(folder)
-    return folder
+    return write_cases(tmp_path_factory.mktemp("splits"))
 
 
 @pytest.fixture(scope="module")
 def on_cpu(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    out = tmp_path_factory.mktemp("cpu") / "out"
-    run_ranks(SCRIPT, folder, out, 1, settings(8192))
-    gradients: dict[str, np.ndarray] = load_file(out / "gradients")
-    return gradients
+    return on_one_rank(folder, tmp_path_factory.mktemp("cpu") / "out")
 
 
 def _errors(found: dict[str, np.ndarray], want: dict[str, np.ndarray], case: int) -> dict[str, float]:

@@ -23,9 +23,12 @@ MAY_IMPORT = {
     "runtime": {"buffer", "weight_sync", "learner", "generators", "recipes"},
 }
 VLLM_FILES = {
-    "generators/vllm_engine.py",
+    "generators/vllm_core.py",
+    "generators/vllm_requests.py",
     "generators/vllm_start.py",
+    "generators/vllm_weights.py",
     "weight_sync/vllm_adapter.py",
+    "weight_sync/vllm_fit.py",
     "weight_sync/vllm_worker.py",
 }
 PURE = (
@@ -43,6 +46,7 @@ PURE = (
     "buffer/waiting.py",
     "weight_sync/plan.py",
     "weight_sync/transaction.py",
+    "weight_sync/rolling.py",
     "recipes/recipe.py",
     "recipes/sizes.py",
     "buffer/leasing.py",
@@ -83,6 +87,10 @@ PURE = (
     "runtime/deaths.py",
     "runtime/fleet_rules.py",
     "weight_sync/roster.py",
+    "weight_sync/fit.py",
+    "weight_sync/float8.py",
+    "weight_sync/verification.py",
+    "weight_sync/topology.py",
 )
 IMPURE = {"torch", "zmq", "time", "socket", "asyncio", "os", "random", "ray", "vllm"}
 

@@ -284,6 +284,8 @@ def test_an_idle_engine_does_not_spin():
 
 def test_weights_change_between_two_steps_and_streams_go_on():
     torch = pytest.importorskip("torch")
+    from offers import fill, offer_of
+
     from asyncrl.weight_sync.plan import make_plan
     from asyncrl.weight_sync.slots import Slots
     from asyncrl.weight_sync.wire import Offer
@@ -292,12 +294,9 @@ def test_weights_change_between_two_steps_and_streams_go_on():
 
     def offer(slots: Slots, version: int) -> Offer:
         slot = slots.next()
-        for bucket in plan.buckets:
-            for spec in bucket.tensors:
-                slot.write(spec, torch.full(spec.shape, float(version)))
-        sums = tuple(slot.checksum(bucket) for bucket in plan.buckets)
+        fill(slot, plan, {spec.name: torch.full(spec.shape, float(version)) for spec in plan.tensors})
         slots.committed()
-        return Offer(version=version, transport="shm", location=str(slot.path), plan=plan, checksums=sums)
+        return offer_of(slot, plan, version)
 
     async def scenario(engine):
         slots = Slots(f"test-{uuid.uuid4().hex[:12]}", plan)

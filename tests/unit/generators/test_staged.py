@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from offers import fill, offer_of, path_of
 
 from asyncrl.generators.staged import verified
 from asyncrl.weight_sync.errors import SharedMemoryError
+from asyncrl.weight_sync.mappings import Mappings
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.slots import Slots
 from asyncrl.weight_sync.wire import Offer
@@ -23,20 +25,18 @@ def slots() -> Iterator[Slots]:
     made.close()
 
 
-def offer_of(slots: Slots) -> Offer:
+def offer(slots: Slots) -> Offer:
     plan = make_plan([("w", "float32", (16,))], 1024)
-    slot = slots.next()
-    slot.write(plan.buckets[0].tensors[0], torch.arange(16.0))
-    sums = tuple(slot.checksum(bucket) for bucket in plan.buckets)
-    return Offer(version=3, transport="shm", location=str(slot.path), plan=plan, checksums=sums)
+    fill(slots.next(), plan, {"w": torch.arange(16.0)})
+    return offer_of(slots.next(), plan, 3)
 
 
 def test_the_same_file_passes(slots: Slots) -> None:
-    verified(offer_of(slots)).check()
+    verified(offer(slots), Mappings()).check()
 
 
 def test_a_file_put_in_its_place_does_not(slots: Slots) -> None:
-    staged = verified(offer_of(slots))
+    staged = verified(offer(slots), Mappings())
     slots.next().retire()  # as a publisher does that gave this engine up
     staged.check()  # until the file is wanted again
     slots.next()
@@ -45,10 +45,11 @@ def test_a_file_put_in_its_place_does_not(slots: Slots) -> None:
 
 
 def test_a_file_that_is_gone_does_not(slots: Slots) -> None:
-    offer = offer_of(slots)
-    staged = verified(offer)
-    os.unlink(offer.location)
+    made = offer(slots)
+    mappings = Mappings()
+    staged = verified(made, mappings)
+    os.unlink(path_of(made))
     with pytest.raises(SharedMemoryError, match="replaced"):
         staged.check()
     with pytest.raises(SharedMemoryError):
-        verified(offer)
+        verified(made, mappings)  # though it has the bytes still

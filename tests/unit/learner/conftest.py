@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.config import LearnerConfig
 from asyncrl.learner.step import Learner
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
+
+sys.path.append(str(Path(__file__).parents[2]))  # what tests share
 
 VOCABULARY = 13
 

@@ -79,7 +79,10 @@ def test_what_is_being_written_is_not_there_yet(tmp_path: Path) -> None:
 def test_one_that_was_given_up_or_removed_leaves_nothing(tmp_path: Path) -> None:
     begin(tmp_path / "step-1")
     give_up(tmp_path / "step-1")
-    remove(_write(tmp_path / "step-2", b"state"))
+    again = _write(tmp_path / "step-2", b"state")
+    partial_of(again).mkdir()  # a death while an earlier one of this step was removed
+    (partial_of(again) / "rank-0").write_bytes(b"sta")
+    remove(again)
     assert os.listdir(tmp_path) == []
 
 

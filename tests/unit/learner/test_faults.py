@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from gathered import gathered
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,11 +115,7 @@ def test_culprits_have_the_versions_of_their_sampled_tokens(make_table: Tables) 
 
 
 def _weights(learner: Learner) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.clone()
-        for bucket in learner.plan(10_000).buckets
-        for name, tensor in learner.gather(bucket).items()
-    }
+    return gathered(learner, learner.plan(10_000))
 
 
 def _rewarded(table: pa.Table, reward: float) -> pa.Table:

@@ -13,6 +13,7 @@ import peft
 import pyarrow as pa
 import pytest
 import torch
+from gathered import gathered
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -33,10 +34,7 @@ TOKENS = [3, 10, 4, 11, 7, 12, 1, 0, 9]
 
 
 def _sent(learner: Learner, wire_dtype: str | None = None) -> dict[str, torch.Tensor]:
-    plan = learner.plan(10_000, wire_dtype)
-    return {
-        name: tensor.clone() for bucket in plan.buckets for name, tensor in learner.gather(bucket).items()
-    }
+    return gathered(learner, learner.plan(10_000, wire_dtype))
 
 
 def _stir(learner: Learner, spread: float = 0.1) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from gathered import gathered
 from transformers import AutoModelForCausalLM
 
 from asyncrl.buffer.schema import BATCH
@@ -34,9 +35,9 @@ from asyncrl.learner.objective_config import (
     Truncated,
 )
 from asyncrl.learner.step import Learner
+from tests.batches import Row, aged, batch
 
 Open = Callable[..., Learner]
-Row = dict[str, Any]
 VERSION, RATE = 4, 0.5
 TIGHT = {"clip_low": 0.02, "clip_high": 0.03}
 """So tight that the first minibatch's step moves tokens of the second out of it."""
@@ -208,33 +209,11 @@ def _trained(
 @pytest.fixture(scope="module")
 def table() -> pa.Table:
     """12 rollouts in 4 groups, ages 0 to 2, some wholly fresh; one all context, some with an environment's words inside."""
-    random = np.random.default_rng(11)
-    rows: list[Row] = []
-    for group in range(4):
-        prompt = random.integers(0, 13, 3).tolist()
-        for k in range(3):
-            size = int(random.integers(3, 15))
-            versions = np.sort(random.integers(4 if k == 2 else 2, 5, size))
-            if k == 1:
-                versions[1 : size // 2] = -1
-            trainable = (versions >= 0) & (random.random(size) > 0.15) & ((group, k) != (2, 0))
-            logprobs = np.where(versions >= 0, random.normal(-2.7, 0.25, size), 0.0)
-            rows.append(
-                {
-                    "rollout_id": len(rows),
-                    "group_id": group,
-                    "prompt_tokens": prompt,
-                    "tokens": random.integers(0, 13, size).tolist(),
-                    "logprobs": logprobs.tolist(),
-                    "versions": versions.tolist(),
-                    "trainable": trainable.tolist(),
-                    "reward": float(random.integers(0, 4)) / 2,
-                    "cost": 0.0,
-                    "greedy": False,
-                    "finish_reason": "stop",
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=BATCH)
+
+    def answer(random: np.random.Generator, group: int, number: int) -> Row:
+        return aged(random, number, context=(group, number) == (2, 0))
+
+    return batch(np.random.default_rng(11), 4, answer, prompt_tokens=3)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -256,7 +235,7 @@ def test_a_step_is_that_of_the_formulas(
     loss, before, after = _trained(model_folder, table.to_pylist(), objective, halves, 0.9)
     assert metrics.loss == pytest.approx(loss, abs=1e-5)
     plan = one.plan(10_000)
-    found = {k: v.clone() for bucket in plan.buckets for k, v in one.gather(bucket).items()}
+    found = gathered(one, plan)
     assert found.keys() == before.keys()
     for key, tensor in found.items():
         torch.testing.assert_close(

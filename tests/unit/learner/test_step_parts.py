@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from asyncrl.buffer.schema import BATCH
 from asyncrl.learner.config import CriticConfig, ReferenceConfig
 from asyncrl.learner.objective_config import (
     GRPO,
@@ -31,9 +30,9 @@ from asyncrl.learner.objective_config import (
     ReMax,
 )
 from asyncrl.learner.step import Learner
+from tests.batches import Row, aged, batch
 
 Open = Callable[..., Learner]
-Row = dict[str, Any]
 Lists = list[list[float]]
 VERSION, RATE, CRITIC_RATE, TEMPERATURE = 4, 0.5, 0.1, 0.9
 TIGHT = {"clip_low": 0.02, "clip_high": 0.03}
@@ -283,33 +282,12 @@ def _head(outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def table() -> pa.Table:
     """12 rollouts in 4 groups and a greedy one in each; ages 0 to 2, one all context, some with an environment's words inside."""
-    random = np.random.default_rng(11)
-    rows: list[Row] = []
-    for group in range(4):
-        prompt = random.integers(0, 13, 3).tolist()
-        for k in range(4):
-            size = int(random.integers(3, 15))
-            versions = np.sort(random.integers(4 if k == 2 else 2, 5, size))
-            if k == 1:
-                versions[1 : size // 2] = -1
-            trainable = (versions >= 0) & (random.random(size) > 0.15) & ((group, k) != (2, 1)) & (k > 0)
-            logprobs = np.where(versions >= 0, random.normal(-2.7, 0.25, size), 0.0)
-            rows.append(
-                {
-                    "rollout_id": len(rows),
-                    "group_id": group,
-                    "prompt_tokens": prompt,
-                    "tokens": random.integers(0, 13, size).tolist(),
-                    "logprobs": logprobs.tolist(),
-                    "versions": versions.tolist(),
-                    "trainable": trainable.tolist(),
-                    "reward": float(random.integers(0, 4)) / 2,
-                    "cost": float(random.integers(0, 4)) / 4,
-                    "greedy": k == 0,
-                    "finish_reason": "stop",
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=BATCH)
+
+    def answer(random: np.random.Generator, group: int, number: int) -> Row:
+        row = aged(random, number, context=number == 0 or (group, number) == (2, 1))
+        return row | {"cost": float(random.integers(0, 4)) / 4, "greedy": number == 0}
+
+    return batch(np.random.default_rng(11), 4, answer, rollouts=4, prompt_tokens=3)
 
 
 def _open(learner: Open, folder: Path, other: Path, objective: Objective, **settings: Any) -> Learner:

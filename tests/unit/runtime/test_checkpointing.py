@@ -15,6 +15,7 @@ from asyncrl.runtime.learner_part import Taken
 from asyncrl.runtime.learner_ranks import LearnerRanks
 from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.runtime.watch import PartFailed, Watch
+from tests.learner_states import finish_state
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "recipes" / "quickstart.toml"
 
@@ -55,17 +56,7 @@ class Rank:
     async def _write(self, path):
         checkpoint_folder.begin(path)
         await self.written.wait()
-        checkpoint_folder.finish(
-            path,
-            checkpoint_folder.Manifest(
-                format=checkpoint_folder.FORMAT,
-                ranks=1,
-                steps_taken={},
-                gradient_norms={},
-                extra={},
-                files=[],
-            ),
-        )
+        finish_state(path)
 
     async def do_checkpoint_finished(self, timeout_s):
         async with asyncio.timeout(timeout_s):

@@ -11,6 +11,7 @@ from asyncrl.learner import checkpoint_folder
 from asyncrl.runtime.checkpoints import Checkpoints, Manifest
 from asyncrl.runtime.run_folder import RunFolder
 from tests.buffers import admit, buffer_service
+from tests.learner_states import write_state
 
 
 class World:
@@ -28,21 +29,7 @@ class World:
                 client.snapshot(step, keep=steps)
 
     def learner_state(self, step, data=b"weights"):
-        path = self.checkpoints.learner_state(step)
-        partial = checkpoint_folder.begin(path)
-        (partial / "rank-00000.safetensors").write_bytes(data)
-        entry = checkpoint_folder.entry_of(partial, "rank-00000.safetensors")
-        checkpoint_folder.finish(
-            path,
-            checkpoint_folder.Manifest(
-                format=checkpoint_folder.FORMAT,
-                ranks=1,
-                steps_taken={},
-                gradient_norms={},
-                extra={},
-                files=[entry],
-            ),
-        )
+        write_state(self.checkpoints.learner_state(step), **{"rank-00000": data})
 
     def count(self, step, keep=2, learner=True):
         self.checkpoints.count(manifest(step, learner=learner), keep)

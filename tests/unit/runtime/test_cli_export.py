@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from asyncrl.learner.checkpoint_folder import FORMAT, Manifest, begin, finish, name_of
+from asyncrl.learner.checkpoint_folder import name_of
 from asyncrl.learner.config import LearnerConfig
 from asyncrl.learner.step import Learner
 from asyncrl.learner.tiny_model import character_tokenizer, new_model
@@ -16,15 +16,13 @@ from asyncrl.recipes.load import load_recipe
 from asyncrl.runtime.cli import main
 from asyncrl.runtime.cli_export import NothingToExport, choose, model_path_of
 from asyncrl.runtime.run_folder import Origin, RunFolder
+from tests.learner_states import write_state
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 def _write(folder: RunFolder, step: int) -> Path:
-    path = folder.checkpoints / name_of(step)
-    begin(path)
-    finish(path, Manifest(format=FORMAT, ranks=1, steps_taken={}, gradient_norms={}, extra={}, files=[]))
-    return path
+    return write_state(folder.checkpoints / name_of(step))
 
 
 def test_the_newest_or_the_one_that_was_asked_for(tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 import pytest
 
-from asyncrl.runtime.deaths import FIRST_WAIT_S, LONGEST_WAIT_S, Deaths
+from asyncrl.generators.score import CostMissing
+from asyncrl.runtime.deaths import FIRST_WAIT_S, LONGEST_WAIT_S, Deaths, ends_the_run
+
+
+def test_a_mistake_of_the_recipe_is_no_death_to_recover_from():
+    assert ends_the_run(CostMissing("no term gave one"))
+    assert not any(map(ends_the_run, (None, RuntimeError("no term gave one"), MemoryError())))
 
 
 def test_deaths_are_counted_within_a_window():

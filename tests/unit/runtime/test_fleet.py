@@ -13,6 +13,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.evaluation import HeldOutAnswer
 from asyncrl.generators.evaluation_config import EvaluationConfig
+from asyncrl.generators.score import CostMissing
 from asyncrl.recipes import load_recipe
 from asyncrl.runtime import deaths, engine_keeper, fleet
 from asyncrl.runtime.facts import EngineFacts
@@ -26,6 +27,11 @@ ANSWER = functools.partial(
     HeldOutAnswer, reward=1.0, tokens=1, truncated=False, oldest_version=0, newest_version=0
 )
 BROKEN = RayTaskError("start", "Traceback: it is broken", ValueError("broken"))
+MISTAKEN = RayTaskError("dispatch", "Traceback: no term gave a cost", CostMissing("no term gave a cost"))
+
+
+async def raises(error):
+    raise error
 
 
 class Method:
@@ -263,6 +269,28 @@ def test_what_cannot_start_ends_the_run_before_it_has_begun(run):
         await world.begin()
         with pytest.raises(PartFailed, match="it is broken"):
             await world.kept
+
+    run(test)
+
+
+def test_a_mistake_of_the_recipe_ends_the_run_at_its_first_engine(run):
+    """Another process would meet it as well: nobody is started again, and an evaluation asks nobody else."""
+
+    async def test(world):
+        await world.begin()
+        await world.until(lambda: world.works("p-0", "p-1"))
+        for engine in world.actors.values():
+            engine.do_evaluate = lambda *_: raises(MISTAKEN)
+        with pytest.raises(PartFailed, match="no term gave a cost"):
+            await ask(world.fleet, [1, 2], held_out(60.0), 8, "0")
+        world.actors["p-0"].ends.set_exception(MISTAKEN)
+        with pytest.raises(PartFailed, match=r"p-0 failed: .*no term gave a cost"):
+            async with asyncio.timeout(5):
+                await world.kept
+        await world.until(lambda: world.ended)
+        assert set(world.actors) == {"p-0", "p-1"}
+        assert [note.partition(" (")[0] for note in world.notes] == ["engine p-0 died"]
+        assert world.notes[0].endswith("; given up")
 
     run(test)
 

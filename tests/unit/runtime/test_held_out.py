@@ -10,6 +10,7 @@ import pytest
 
 from asyncrl.generators.evaluation import HeldOutAnswer
 from asyncrl.generators.evaluation_config import EvaluationConfig
+from asyncrl.generators.score import CostMissing
 from asyncrl.recipes import load_recipe
 from asyncrl.runtime import held_out
 from asyncrl.runtime.held_out import Evaluations
@@ -165,6 +166,19 @@ def test_with_one_version_the_next_step_waits(monkeypatch):
         asked.answers["2"].set_result([[RIGHT]])
         await stepping
         assert asked.told == [("Evaluation", 2)]
+
+    asyncio.run(run())
+
+
+def test_a_mistake_of_the_recipe_is_no_evaluation_missed(monkeypatch):
+    async def run():
+        asked = Asked(monkeypatch, every_steps=2)
+        failed = asked.answers["2"] = hanging()
+        await asked.evaluations.after_step(None, 2)
+        failed.set_exception(PartFailed("fake-0 failed: no cost", raised=CostMissing("no cost")))
+        with pytest.raises(PartFailed, match="no cost"):
+            await asked.evaluations.settle()
+        assert asked.told == []
 
     asyncio.run(run())
 

@@ -84,7 +84,7 @@ class Fleet:
     def finish(self, version: int, probe: Probe | None = None):
         torch.manual_seed(version)
         for bucket in PLAN.buckets:
-            self.publisher.write(bucket, {spec.name: torch.randn(spec.shape) for spec in bucket.tensors})
+            self.publisher.write(bucket, [torch.randn(piece.count) for piece in bucket.pieces])
         return self.publisher.commit(probe)
 
     def corrupt(self, slot: int) -> None:
@@ -132,7 +132,7 @@ def sums_of(run: Fleet, version: int) -> list[int]:
     torch.manual_seed(version)
     run.publisher.begin(version)
     for bucket in PLAN.buckets:
-        run.publisher.write(bucket, {spec.name: torch.randn(spec.shape) for spec in bucket.tensors})
+        run.publisher.write(bucket, [torch.randn(piece.count) for piece in bucket.pieces])
     sums = list(run.publisher._draft.offer().checksums)
     run.publisher.abandon()
     return sums

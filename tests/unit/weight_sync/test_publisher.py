@@ -25,11 +25,13 @@ from asyncrl.weight_sync.errors import (
     SyncAborted,
     WeightSyncError,
 )
+from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.probe import Probe, largest_difference
 from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.report import TransactionReport
 from asyncrl.weight_sync.shm import slot_path
+from asyncrl.weight_sync.wire import SharedFile
 
 PLAN = make_plan([("a", "float32", (64,)), ("b", "bfloat16", (8, 8)), ("c", "float32", (3,))], 384)
 WEIGHTS = {"a": torch.ones(64), "b": torch.ones(8, 8), "c": torch.ones(3)}
@@ -61,29 +63,31 @@ def write(publisher: Publisher, version: int) -> tuple[int, ...]:
     """Returns the checksums."""
     publisher.begin(version)
     for bucket in PLAN.buckets:
-        publisher.write(bucket, {name: tensor + version for name, tensor in WEIGHTS.items()})
-    return publisher._draft.offer().checksums
+        publisher.write(bucket, cut(PLAN, bucket, {name: t + version for name, t in WEIGHTS.items()}))
+    return publisher._draft.offer(SharedFile(path="")).checksums
 
 
 def test_calls_out_of_order_say_what_was_expected(publisher):
-    assert len(PLAN.buckets) == 2
+    first, second = (cut(PLAN, bucket, WEIGHTS) for bucket in PLAN.buckets)
     with pytest.raises(WeightSyncError, match=r"call begin\(version\) first"):
-        publisher.write(PLAN.buckets[0], WEIGHTS)
+        publisher.write(PLAN.buckets[0], first)
     with pytest.raises(WeightSyncError, match=r"call begin\(version\) first"):
         publisher.commit()
     publisher.begin(0)
     with pytest.raises(WeightSyncError, match="version 0 is begun; commit or abandon"):
         publisher.begin(1)
     with pytest.raises(WeightSyncError, match="bucket 1 out of order, expected bucket 0 of 2"):
-        publisher.write(PLAN.buckets[1], WEIGHTS)
+        publisher.write(PLAN.buckets[1], second)
+    with pytest.raises(WeightSyncError, match="bucket 0: expected 2 pieces, got 1"):
+        publisher.write(PLAN.buckets[0], first[:1])
     with pytest.raises(WeightSyncError, match="tensor 'a' of bucket 0 is not among"):
-        publisher.write(PLAN.buckets[0], {"c": WEIGHTS["c"]})
-    publisher.write(PLAN.buckets[0], WEIGHTS)
+        cut(PLAN, PLAN.buckets[0], {"c": WEIGHTS["c"]})
+    publisher.write(PLAN.buckets[0], first)
     with pytest.raises(WeightSyncError, match="expected 2 buckets, 1 are written"):
         publisher.commit()
-    publisher.write(PLAN.buckets[1], WEIGHTS)
+    publisher.write(PLAN.buckets[1], second)
     with pytest.raises(WeightSyncError, match="out of order"):
-        publisher.write(PLAN.buckets[1], WEIGHTS)
+        publisher.write(PLAN.buckets[1], second)
     publisher.commit()
     with pytest.raises(WeightSyncError, match=r"call begin\(version\) first"):
         publisher.commit()
@@ -242,7 +246,7 @@ def test_errors_keep_their_facts_through_pickling():
         ChecksumError(2, 1, 3, 4, "/dev/shm/x"),
         SyncAborted("told", report),
         EnginesMissing("told", frozenset({"a"})),
-        ProbeMismatch("a", 2, 1, -1.0, -2.0, None),
+        ProbeMismatch("a", 2, 1, -1.0, -2.0, failed=2, answer=(-3.0,)),
     ):
         back = pickle.loads(pickle.dumps(error))
         assert str(back) == str(error) and vars(back) == vars(error) and type(back) is type(error)

@@ -12,16 +12,20 @@ import pytest
 import torch
 import zmq
 import zmq.asyncio
+from offers import fill, offer_of
 
 from asyncrl.weight_sync import sockets, wire
-from asyncrl.weight_sync.errors import Dismissed, VersionTimeout, WeightSyncError
+from asyncrl.weight_sync.errors import Dismissed, ProbeMismatch, VersionTimeout, WeightSyncError
+from asyncrl.weight_sync.hosts import this_host
 from asyncrl.weight_sync.plan import make_plan
+from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.receiver import Receiver
 from asyncrl.weight_sync.shm import map_version
 from asyncrl.weight_sync.slots import Slots
 from asyncrl.weight_sync.wire import Offer
 
 PLAN = make_plan([("w", "float32", (100,))], 1024)
+PROBE = Probe(tokens=(4, 5, 6), logprobs=(-5.0, -6.0), tolerance=0.1)
 
 
 class Diary:
@@ -56,6 +60,12 @@ class Diary:
     async def discard(self, version: int) -> None:
         await self._call(f"discard {version}")
 
+    def hold(self) -> None:
+        self.calls.append("hold")
+
+    def release(self) -> None:
+        self.calls.append("release")
+
     async def probe(self, tokens: Sequence[int]) -> list[float]:
         await self._call("probe")
         return [-float(token) for token in tokens[1:]]
@@ -83,14 +93,8 @@ class ByHand:
 
     def offer(self, version: int) -> Offer:
         slot = self.slots.next()
-        slot.write(PLAN.buckets[0].tensors[0], torch.full((100,), float(version)))
-        return Offer(
-            version=version,
-            transport="shm",
-            location=str(slot.path),
-            plan=PLAN,
-            checksums=(slot.checksum(PLAN.buckets[0]),),
-        )
+        fill(slot, PLAN, {"w": torch.full((100,), float(version))})
+        return offer_of(slot, PLAN, version)
 
     def propose(self, attempt: int, version: int, timeout_s: float = 10.0) -> wire.Propose:
         return wire.Propose(attempt=attempt, offer=self.offer(version), timeout_s=timeout_s)
@@ -104,7 +108,7 @@ async def connected() -> AsyncIterator[ByHand]:
     target = Diary()
     hand = ByHand(socket, target, Receiver(target, endpoint, "engine"), slots)
     try:
-        assert await hand.hear() == wire.Join(version=-1)
+        assert await hand.hear() == wire.Join(version=-1, host=this_host())
         yield hand
     finally:
         hand.running.cancel()
@@ -121,7 +125,7 @@ def test_stages_applies_and_probes():
             await hand.tell(hand.propose(1, version=3))
             staged = await hand.hear()
             assert isinstance(staged, wire.Staged) and staged.attempt == 1 and hand.receiver.version == -1
-            await hand.tell(wire.Apply(attempt=1, probe=(4, 5, 6)))
+            await hand.tell(wire.Apply(attempt=1, probe=PROBE))
             applied = await hand.hear()
             assert (
                 isinstance(applied, wire.Applied)
@@ -129,7 +133,26 @@ def test_stages_applies_and_probes():
                 and applied.stall_s == 0.125
             )
             assert hand.receiver.version == 3
-            assert hand.target.calls == ["stage 3", "apply 3", "probe"]
+            assert hand.target.calls == ["stage 3", "hold", "apply 3", "probe", "release"]
+            assert applied.digest == hand.receiver.digest and len(applied.digest) == 16
+
+    asyncio.run(scenario())
+
+
+def test_tokens_stay_in_until_the_probe_is_right_and_for_ever_where_it_is_wrong():
+    async def scenario() -> None:
+        async with connected() as hand:
+            await hand.tell(hand.propose(1, version=3))
+            await hand.hear()
+            await hand.tell(wire.Apply(attempt=1, probe=msgspec.structs.replace(PROBE, logprobs=(-5.0, -6.5))))
+            failed = await hand.hear()
+            assert isinstance(failed, wire.Failed) and failed.probe == (-5.0, -6.0)
+            assert "engine engine at version 3, probe logprob 1" in failed.error
+            assert isinstance(await hand.hear(), wire.Leave)
+            await asyncio.wait({hand.running}, timeout=10)
+            assert isinstance(hand.running.exception(), ProbeMismatch)
+            assert hand.receiver.version == -1, "who waits for the version must not begin to serve it"
+            assert hand.target.calls == ["stage 3", "hold", "apply 3", "probe"]
 
     asyncio.run(scenario())
 
@@ -158,7 +181,7 @@ def test_leaving_while_it_applies_is_a_farewell_and_no_failure():
             await hand.tell(hand.propose(1, version=0))
             assert isinstance(await hand.hear(), wire.Staged)
             hand.target.apply_s = 60.0
-            await hand.tell(wire.Apply(attempt=1, probe=()))
+            await hand.tell(wire.Apply(attempt=1))
             await asyncio.sleep(0.2)
             assert hand.target.calls[-1] == "apply 0" and hand.target.busy
             hand.running.cancel()
@@ -175,8 +198,8 @@ def test_repeated_commands_get_the_same_answers_without_being_done_again():
             for command in (
                 proposal,
                 proposal,
-                wire.Apply(attempt=1, probe=()),
-                wire.Apply(attempt=1, probe=()),
+                wire.Apply(attempt=1),
+                wire.Apply(attempt=1),
             ):
                 await hand.tell(command)
                 answers.append(await hand.hear())
@@ -193,9 +216,9 @@ def test_a_superseded_offer_is_discarded_and_cannot_be_applied():
             await hand.hear()
             await hand.tell(hand.propose(2, version=1))
             assert (await hand.hear()).attempt == 2
-            await hand.tell(wire.Apply(attempt=1, probe=()))
+            await hand.tell(wire.Apply(attempt=1))
             await hand.tell(wire.Abort(attempt=1, reason="old"))
-            await hand.tell(wire.Apply(attempt=2, probe=()))
+            await hand.tell(wire.Apply(attempt=2))
             assert (await hand.hear()).attempt == 2
             assert hand.target.calls == ["stage 0", "discard 0", "stage 1", "apply 1"]
 
@@ -208,7 +231,7 @@ def test_an_abort_discards_and_the_next_attempt_works():
             await hand.tell(hand.propose(1, version=0))
             await hand.hear()
             await hand.tell(wire.Abort(attempt=1, reason="another engine failed"))
-            await hand.tell(wire.Apply(attempt=1, probe=()))
+            await hand.tell(wire.Apply(attempt=1))
             refused = await hand.hear()
             assert isinstance(refused, wire.Failed) and "not staged" in refused.error
             await hand.tell(hand.propose(2, version=0))
@@ -255,7 +278,7 @@ def test_an_apply_that_fails_is_reported_and_ends_the_receiver_and_who_waits():
             hand.target.fail_apply = True
             await hand.tell(hand.propose(1, version=0))
             await hand.hear()
-            await hand.tell(wire.Apply(attempt=1, probe=()))
+            await hand.tell(wire.Apply(attempt=1))
             failed, left = await hand.hear(), await hand.hear()
             assert isinstance(failed, wire.Failed) and "RuntimeError: half written" in failed.error
             assert isinstance(left, wire.Leave) and "half written" in left.reason
@@ -289,7 +312,7 @@ def test_waiting_for_a_version():
                 await hand.tell(hand.propose(attempt, version))
                 await hand.hear()
                 assert not waiting.done()
-                await hand.tell(wire.Apply(attempt=attempt, probe=()))
+                await hand.tell(wire.Apply(attempt=attempt))
                 await hand.hear()
             await waiting
             await hand.receiver.wait_for_version(5, timeout_s=0.1)

@@ -220,6 +220,88 @@ def test_what_changes_nothing_is_counted_with_its_reason():
     assert sync.tick(99.0) == [] and sync.report is before
 
 
+def joint(*members: str) -> Transaction:
+    """One whose members take the bytes together."""
+    sync = Transaction(7, members, now=0.0, staging_deadline=10.0, deadline=20.0, together=True, settle_s=3.0)
+    sync.begin(0.0)
+    return sync
+
+
+@pytest.mark.parametrize("how", ["failed", "lost", "left"])
+def test_together_one_that_is_out_takes_the_attempt_with_it(how):
+    sync = joint("a", "b", "c")
+    sync.staged("a", 1.0, 0.1)
+    actions = getattr(sync, how)("b", 2.0, "boom")
+    told = [SendDismiss("b", "boom")] if how == "failed" else []
+    assert actions[:-1] == [*told, SendAbort("a"), SendAbort("c")] and finished(actions)
+    assert outcomes(sync) == {"a": "kept", "b": how, "c": "kept"} and not sync.report.committed
+    assert sync.report.out_of_service == ({} if how == "left" else {"b": "boom"})
+    assert "b" in sync.report.reason and "boom" in sync.report.reason
+
+
+def test_together_after_the_commit_point_each_is_on_its_own():
+    sync = joint("a", "b")
+    sync.staged("a", 1.0, 0.1)
+    assert sync.staged("b", 1.0, 0.1) == [SendApply("a"), SendApply("b")]
+    assert sync.lost("a", 2.0, "gone") == [] and sync.broke(2.0, "the group is gone") == []
+    assert finished(sync.applied("b", 3.0, 0.1, 0.1))
+    assert sync.report.committed and outcomes(sync) == {"a": "lost", "b": "applied"}
+
+
+def test_together_who_was_cut_off_is_not_to_blame_and_who_is_lost_is():
+    sync = joint("a", "b", "c")
+    assert sync.cut("a", 1.0, "connection closed by peer") == []
+    assert sync.broken == "a: connection closed by peer" and sync.next_deadline == 4.0
+    assert sync.broke(1.0, "send failed") == [] and sync.cut("c", 1.2, "connection reset") == []
+    assert sync.waiting_for == ["b"]
+    assert finished(sync.lost("b", 1.5, "gone"))
+    assert outcomes(sync) == {"a": "kept", "b": "lost", "c": "kept"}
+    assert sync.report.members["a"].error == "connection closed by peer"
+    assert sync.report.out_of_service == {"b": "gone"}
+
+
+def test_together_who_says_nothing_after_the_group_broke_is_late():
+    sync = joint("a", "b", "c")
+    sync.broke(1.0, "send timed out")
+    sync.cut("a", 1.1, "called off")
+    sync.staged("c", 1.2, 0.1)
+    assert sync.tick(3.9) == []
+    actions = sync.tick(4.0)
+    assert [type(action) for action in actions] == [SendDismiss, SendAbort, Finished]
+    assert outcomes(sync) == {"a": "kept", "b": "late", "c": "kept"}
+    assert (
+        sync.report.reason == "send timed out" and "no answer within 4.0 s" in sync.report.out_of_service["b"]
+    )
+
+
+def test_together_nobody_is_to_blame_where_all_were_cut_off():
+    sync = joint("a", "b")
+    sync.cut("a", 1.0, "closed")
+    assert finished(sync.cut("b", 1.0, "closed"))
+    assert outcomes(sync) == {"a": "kept", "b": "kept"} and sync.report.out_of_service == {}
+    assert sync.report.reason == "a: closed" and sync.report.ignored == {}
+
+
+def test_together_the_staging_deadline_asks_first_who_is_there():
+    sync = joint("a", "b")
+    assert sync.tick(10.0) == [] and "within 10.0 s" in sync.broken and sync.next_deadline == 13.0
+    sync.cut("a", 10.5, "called off")
+    dismissed, end = sync.tick(13.0)
+    assert dismissed.member == "b" and isinstance(end, Finished)
+    assert outcomes(sync) == {"a": "kept", "b": "late"}
+
+    sync = joint("a", "b")
+    assert finished(sync.tick(25.0)), "a clock that jumps over everything blames nobody"
+    assert outcomes(sync) == {"a": "kept", "b": "kept"}
+
+
+def test_a_member_that_is_cut_off_from_a_transport_of_its_own_has_failed():
+    sync = transaction("a", "b")
+    sync.begin(0.0)
+    assert sync.cut("a", 1.0, "server gone") == [SendDismiss("a", "server gone")] and not sync.broken
+    assert sync.broke(1.0, "no group") == [] and sync.staged("b", 2.0, 0.1) == [SendApply("b")]
+
+
 def test_needs_ordered_deadlines():
     with pytest.raises(ValueError, match="after the deadline"):
         Transaction(1, ["a"], now=0.0, staging_deadline=3.0, deadline=2.0)
@@ -232,15 +314,20 @@ some_member = st.sampled_from([*NAMES, "stranger"])
 class Schedules(RuleBasedStateMachine):
     """Facts in any order from anyone, while time goes on; a second, simpler account of the same rules beside it."""
 
-    @initialize(members=st.sets(st.sampled_from(NAMES)))
-    def begin(self, members):
+    @initialize(members=st.sets(st.sampled_from(NAMES)), together=st.booleans())
+    def begin(self, members, together):
         self.now = 0.0
+        self.together = together
+        self.cut_off: set[str] = set()
+        self.asked_at: float | None = None
         self.members = members
         self.staged, self.applied = set(), set()
         self.out: dict[str, str] = {}
         self.told = {SendOffer: [], SendApply: [], SendAbort: [], SendDismiss: []}
         self.report = None
-        self.sync = Transaction(1, members, now=0.0, staging_deadline=10.0, deadline=20.0)
+        self.sync = Transaction(
+            1, members, now=0.0, staging_deadline=10.0, deadline=20.0, together=together, settle_s=3.0
+        )
         self.take(self.sync.begin(0.0))
 
     def take(self, actions):
@@ -263,15 +350,27 @@ class Schedules(RuleBasedStateMachine):
         """The staging deadline puts out who has not staged; from the deadline on, nothing counts any more."""
         if self.report is not None:
             return
-        if not self.commit_point and self.now >= 10.0:
+        if self.together and not self.commit_point:
+            if self.asked_at is None and 10.0 <= self.now < 20.0:
+                self.asked_at = self.now
+            elif self.asked_at is not None and self.now >= min(self.asked_at + 3.0, 20.0):
+                self.out |= dict.fromkeys(self.left - self.staged - self.cut_off, "late")
+        elif not self.commit_point and self.now >= 10.0:
             self.out |= dict.fromkeys(self.left - self.staged, "late")
         if self.commit_point and self.now >= 20.0:
             self.out |= dict.fromkeys(self.left - self.applied, "late")
 
     def is_open(self):
-        return (
-            self.report is None and self.now < 20.0 and not (self.now >= 10.0 and not self.staged & self.left)
-        )
+        if self.report is not None or self.now >= 20.0:
+            return False
+        if self.together and not self.commit_point:
+            return self.asked_at is None or self.now < self.asked_at + 3.0
+        return not (self.now >= 10.0 and not self.staged & self.left)
+
+    def takes_bytes(self, name):
+        """Whether its answer to the offer counts."""
+        in_time = self.together or self.now < 10.0
+        return self.is_open() and not self.commit_point and in_time and name in self.left - self.cut_off
 
     @rule(seconds=st.floats(0.0, 4.0))
     def time_passes(self, seconds):
@@ -290,13 +389,31 @@ class Schedules(RuleBasedStateMachine):
     @rule(name=some_member)
     def stage(self, name):
         self.pass_deadlines()
-        if self.is_open() and not self.commit_point and self.now < 10.0 and name in self.left:
+        if self.takes_bytes(name):
             self.staged.add(name)
         self.take(self.sync.staged(name, self.now, 0.1))
 
     @rule(name=some_member)
-    def apply(self, name):
+    def cut(self, name):
         self.pass_deadlines()
+        if not self.together:
+            self.note_failure(name)
+        elif self.takes_bytes(name) and name not in self.staged:
+            self.cut_off.add(name)
+            self.asked_at = self.now if self.asked_at is None else self.asked_at
+        self.take(self.sync.cut(name, self.now, "closed by peer"))
+
+    @rule()
+    def break_group(self):
+        self.pass_deadlines()
+        if self.together and self.is_open() and not self.commit_point and self.asked_at is None:
+            self.asked_at = self.now
+        self.take(self.sync.broke(self.now, "send failed"))
+
+    @rule(name=some_member)
+    def apply(self, name):
+        # First the time, as an engine applies nothing before it is told to, which the time may bring about.
+        self.tick()
         if self.is_open() and name in self.told[SendApply] and name in self.left:
             self.applied.add(name)
         self.take(self.sync.applied(name, self.now, 0.1, 0.1))
@@ -304,10 +421,14 @@ class Schedules(RuleBasedStateMachine):
     @rule(name=some_member)
     def fail(self, name):
         self.pass_deadlines()
-        owing = self.left - (self.applied if self.commit_point or self.now >= 10.0 else self.staged)
+        self.note_failure(name)
+        self.take(self.sync.failed(name, self.now, "boom"))
+
+    def note_failure(self, name):
+        applying = self.commit_point or (self.now >= 10.0 and not self.together)
+        owing = self.left - (self.applied if applying else self.staged | self.cut_off)
         if self.is_open() and name in owing:
             self.out[name] = "failed"
-        self.take(self.sync.failed(name, self.now, "boom"))
 
     @rule(name=some_member, kind=st.sampled_from(["lost", "left"]))
     def go(self, name, kind):
@@ -340,8 +461,10 @@ class Schedules(RuleBasedStateMachine):
         if self.report is None:
             assert self.sync.phase is (Phase.APPLYING if self.commit_point else Phase.STAGING)
             assert self.sync.waiting_for == sorted(
-                self.left - (self.applied if self.commit_point else self.staged)
+                self.left - (self.applied if self.commit_point else self.staged | self.cut_off)
             )
+            if self.together and not self.commit_point:
+                assert not self.out and bool(self.sync.broken) == (self.asked_at is not None)
             assert self.sync.waiting_for, "nobody is waited for, and it is not finished"
             return
         assert self.report.committed == self.commit_point == (self.sync.phase is Phase.COMMITTED)
@@ -353,7 +476,7 @@ class Schedules(RuleBasedStateMachine):
         if self.commit_point:
             assert self.left <= self.applied
         else:
-            assert set(self.told[SendAbort]) == self.left and self.report.reason
+            assert set(self.told[SendAbort]) == self.left - self.cut_off and self.report.reason
         assert self.report.out_of_service.keys() == {name for name, why in self.out.items() if why != "left"}
         assert all(error for error in self.report.out_of_service.values())
 

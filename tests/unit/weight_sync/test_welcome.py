@@ -14,11 +14,13 @@ from engine_threads import Engines
 from asyncrl.generators.fake_engine import Fault
 from asyncrl.generators.fake_speech import probe_logprobs, weights_digest
 from asyncrl.weight_sync.config import WeightSyncConfig
-from asyncrl.weight_sync.errors import Dismissed, WeightSyncError
+from asyncrl.weight_sync.errors import Dismissed, ProbeMismatch, WeightSyncError
+from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.welcomer import Welcomer
+from asyncrl.weight_sync.wire import SharedFile
 
 PLAN = make_plan([("a", "float32", (64,)), ("b", "float32", (3,))], 200)
 TIMEOUT_S = 3.0
@@ -41,8 +43,9 @@ def write(publisher: Publisher, version: int) -> int:
     """Returns the digest that an engine of this version has."""
     publisher.begin(version)
     for bucket in PLAN.buckets:
-        publisher.write(bucket, {"a": torch.full((64,), float(version)), "b": torch.zeros(3)})
-    return weights_digest(publisher._draft.offer().checksums)
+        weights = {"a": torch.full((64,), float(version)), "b": torch.zeros(3)}
+        publisher.write(bucket, cut(PLAN, bucket, weights))
+    return weights_digest(publisher._draft.offer(SharedFile(path="")).checksums)
 
 
 def outcomes(report) -> dict[str, str]:
@@ -128,7 +131,7 @@ def test_a_joiner_that_fails_is_named_and_ends_and_may_come_again(publisher, eng
     assert outcomes(publisher.welcome()) == {"bad": "applied"}
 
 
-def test_a_joiner_that_computes_other_logprobs_is_dismissed(publisher, engines):
+def test_a_joiner_that_computes_other_logprobs_is_out(publisher, engines):
     digest = write(publisher, 0)
     tokens = (1, 2, 3)
     right = tuple(probe_logprobs(digest, tokens))
@@ -144,7 +147,7 @@ def test_a_joiner_that_computes_other_logprobs_is_dismissed(publisher, engines):
     report = publisher.welcome()
     assert report.probe_max_diff == {"wrong": pytest.approx(0.5)}
     assert "engine wrong at version 0, probe logprob 1" in report.out_of_service["wrong"]
-    assert isinstance(engines.ended("wrong"), Dismissed) and publisher.engines.keys() == {"right"}
+    assert isinstance(engines.ended("wrong"), ProbeMismatch) and publisher.engines.keys() == {"right"}
 
 
 def test_an_engine_of_the_same_name_takes_over_from_a_connection_that_lingers(publisher, engines):
@@ -261,7 +264,7 @@ def test_what_ends_the_welcomer_is_raised_where_the_learner_sees_it(publisher):
     welcomer = Welcomer(publisher)
     write(publisher, 0)
     publisher.commit()
-    publisher._socket.close(linger=0)
+    publisher._members.socket.close(linger=0)
     deadline = time.monotonic() + 10
     while welcomer._thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -277,7 +280,7 @@ def test_a_dismissal_of_an_engine_that_had_this_name_before_is_not_for_the_new_o
 
     engines.start("a")
     publisher.wait_for_engines({"a"}, timeout_s=20)
-    publisher._socket.send_multipart([b"a", wire.encode(wire.Dismiss(attempt=7, reason="another"))])
+    publisher._members.socket.send_multipart([b"a", wire.encode(wire.Dismiss(attempt=7, reason="another"))])
     write(publisher, 0)
     assert outcomes(publisher.commit()) == {"a": "applied"}
     assert not engines.receiving["a"].done()

@@ -8,24 +8,22 @@ did not do its part is named, told to end, and out; nothing that an engine does 
 from __future__ import annotations
 
 import asyncio
-import struct
 import threading
 import time
 import uuid
 
 import pytest
 import torch
-import zmq
-import zmq.asyncio
+from engine_puppets import Puppet
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from asyncrl.weight_sync import exchange, sockets, wire
+from asyncrl.weight_sync import exchange
 from asyncrl.weight_sync.config import WeightSyncConfig
+from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.publisher import Publisher
-from asyncrl.weight_sync.shm import map_version
 
 PLAN = make_plan([("w", "float32", (50,)), ("b", "float32", (5,))], 200)
 TIMEOUT_S = 1.5
@@ -34,75 +32,6 @@ SPEAKS_S = 20.0
 DEEDS = ["obey"] * 8 + ["die", "fail", "leave", "anew", "hang"]
 """What a puppet does at one command. anew: it joins once more and does nothing, as after a broken connection."""
 NAMED = {"die": "lost", "fail": "failed", "hang": "late"}
-
-
-class Puppet:
-    """One engine: a connection, and a task that answers on it."""
-
-    def __init__(self, endpoint: str, name: str, index: int, stage: str, apply: str) -> None:
-        self.name = name
-        self.version = -1 - index
-        """None, and unlike that of any other puppet, so that its join can be told from theirs."""
-        self.value = float("nan")
-        """The first weight of its version."""
-        self.deeds = {"stage": stage, "apply": apply}
-        self.alive = True
-        self.dismissed = asyncio.Event()
-        self._context = zmq.asyncio.Context()
-        self._socket, self._events = sockets.dealer(self._context, endpoint, name)
-        self._offers: dict[int, wire.Offer] = {}
-        self.task: asyncio.Task[None] | None = None
-
-    async def run(self) -> None:
-        """Waits for commands. Unblocked by the publisher. Ends when it is no longer alive, or cancelled."""
-        await self._socket.send(wire.encode(wire.Join(version=self.version)))
-        while self.alive:
-            await self._obey(wire.decode_for_engine(await self._socket.recv()))
-
-    async def _obey(self, command: wire.ToEngine) -> None:
-        if isinstance(command, wire.Dismiss):
-            if command.attempt in self._offers:
-                self.dismissed.set()
-                self.close()
-        elif isinstance(command, wire.Propose):
-            self._offers[command.attempt] = command.offer
-            if await self._does("stage", command.attempt):
-                map_version(command.offer).close()
-                await self._socket.send(wire.encode(wire.Staged(attempt=command.attempt, stage_s=0.0)))
-        elif isinstance(command, wire.Apply) and await self._does("apply", command.attempt):
-            offer = self._offers[command.attempt]
-            mapped = map_version(offer)
-            self.version, self.value = offer.version, struct.unpack("f", mapped[:4])[0]
-            mapped.close()
-            answer = wire.Applied(attempt=command.attempt, apply_s=0.0, stall_s=0.0, probe=())
-            await self._socket.send(wire.encode(answer))
-
-    async def _does(self, what: str, attempt: int) -> bool:
-        """Whether it does as it is told; what it does instead is done here, once."""
-        deed, self.deeds[what] = self.deeds[what], "obey"
-        if deed == "die":
-            self.close()
-        elif deed == "fail":
-            await self._socket.send(wire.encode(wire.Failed(attempt=attempt, error="scripted")))
-        elif deed == "leave":
-            self.leave()
-        elif deed == "anew":
-            await self._socket.send(wire.encode(wire.Join(version=self.version)))
-        return deed == "obey"
-
-    def leave(self) -> None:
-        self.close(farewell=wire.encode(wire.Leave(reason="scripted")))
-
-    def close(self, farewell: bytes = b"") -> None:
-        """Without a farewell it just goes, as the killed do."""
-        if not self.alive:
-            return
-        self.alive = False
-        if farewell:
-            zmq.Socket.shadow(self._socket.underlying).send(farewell, zmq.NOBLOCK)
-        self._socket.disable_monitor()
-        self._events.close(linger=0)
-        self._socket.close(linger=1000 if farewell else 0)
 
 
 class Schedules(RuleBasedStateMachine):
@@ -160,8 +89,9 @@ class Schedules(RuleBasedStateMachine):
     def commit(self):
         self.version += 1
         self.publisher.begin(self.version)
+        weights = {"w": torch.full((50,), float(self.version)), "b": torch.ones(5)}
         for bucket in PLAN.buckets:
-            self.publisher.write(bucket, {"w": torch.full((50,), float(self.version)), "b": torch.ones(5)})
+            self.publisher.write(bucket, cut(PLAN, bucket, weights))
         expected = self.expected(self.present)
         report = self.publisher.commit()
         assert report.version == self.publisher.version == self.version

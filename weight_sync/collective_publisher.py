@@ -1,0 +1,358 @@
+"""The learner's side of weight sync over `collective`: offers a version when it begins, broadcasts it bucket by bucket to every
+engine at once, and sees the transaction through. Rank 0 owns one; where every rank sends, the others own a `CollectiveShare`, and
+`begin`, `resend`, `commit` are collectives of all ranks. Calls come one at a time, from one thread or under one lock.
+
+    publisher.begin(1)                        # the engines start to receive
+    for bucket in plan.of(0):
+        publisher.write(bucket, gathered_pieces)
+    report = publisher.commit(probe)
+    publisher.resend(1)                       # later, if engines are `behind`: write and commit as before
+
+Invariants
+----------
+- Before the commit point an engine that fails, dies, hangs or leaves takes the attempt with it, as the group breaks: `write` does
+  nothing more then, and `commit` raises `SyncAborted` with everyone's error. The old version is live on the others, and the version
+  may be begun again at once: it goes through with the rest, over a new group.
+- After the commit point each engine is on its own, as over the other transports.
+- A group is made anew when the members are others than last time, and after a version that was not committed.
+- A version that was committed is not kept: an engine that comes later takes the next one, or this one if it is sent again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Final
+
+import torch
+
+from asyncrl.weight_sync import wire
+from asyncrl.weight_sync.checksum import version_digest
+from asyncrl.weight_sync.collective_sender import CollectiveSender
+from asyncrl.weight_sync.collective_words import Outcome, Refused, Sent, Stream, decode_sent, encode
+from asyncrl.weight_sync.config import WeightSyncConfig
+from asyncrl.weight_sync.errors import GroupBroken, SyncAborted, WeightSyncError
+from asyncrl.weight_sync.exchange import Exchange
+from asyncrl.weight_sync.members import Members
+from asyncrl.weight_sync.plan import Bucket, Plan
+from asyncrl.weight_sync.probe import Probe
+from asyncrl.weight_sync.process_group import backend_of
+from asyncrl.weight_sync.publisher import STAGING_SHARE, never
+from asyncrl.weight_sync.ranks import Alone, Ranks
+from asyncrl.weight_sync.report import SyncReport, TransactionReport
+from asyncrl.weight_sync.settling import sync_report
+from asyncrl.weight_sync.sockets import Secure
+from asyncrl.weight_sync.transaction import Transaction
+from asyncrl.weight_sync.verification import differences, shared_fault
+
+SETTLE_S: Final = 5.0
+"""How long engines have, after the group broke, to say that they are there."""
+STEP_S: Final = 0.01
+"""Between two looks at the engines' answers while a bucket travels."""
+
+
+class _Draft:
+    """A version on its way."""
+
+    def __init__(self, stream: Stream, transaction: Transaction, exchange: Exchange, started: float) -> None:
+        self.stream = stream
+        self.transaction = transaction
+        self.exchange = exchange
+        self.started = started
+        self.write_s = 0.0
+        self.probe: Probe | None = None
+        self.written = 0
+        self.off = not transaction.members
+        """Nothing is sent any more, or there is nobody to send to."""
+        self.next_step = 0.0
+
+
+class CollectivePublisher:
+    """Sends versions of one model, laid out by one plan, to the engines that joined."""
+
+    def __init__(
+        self,
+        config: WeightSyncConfig,
+        plan: Plan,
+        host: str = "127.0.0.1",
+        secure: Secure | None = None,
+        *,
+        ranks: Ranks | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Binds two free ports of `host`: for the engines' connections, and for the store in which the group's members meet.
+        `ranks`: all that send, `plan.senders` of them. `device`: what buckets are packed on; it decides between gloo and NCCL.
+        A collective."""
+        self.version = -1
+        """The last committed one."""
+        self._timeout_s = config.timeout_s
+        self._plan = plan
+        self._ranks: Ranks = ranks if ranks is not None and plan.senders > 1 else Alone()
+        if plan.senders != self._ranks.size:
+            raise WeightSyncError(
+                f"expected a rank for each of {plan.senders} senders, got {self._ranks.size}"
+            )
+        self._device = device or torch.device("cpu")
+        self._members = Members(host, secure)
+        self.endpoint = self._members.endpoint
+        self._sender = CollectiveSender(plan, 0, host, self._device, config.timeout_s)
+        self._stores = tuple(each.decode() for each in self._ranks.collect(self._sender.address.encode()))
+        self._group: tuple[int, tuple[str, ...], str] | None = None
+        """Epoch, members and name of the group of the last version, where it can be used again."""
+        self._draft: _Draft | None = None
+        self._closed = False
+
+    def __enter__(self) -> CollectivePublisher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def engines(self) -> dict[str, int]:
+        """Engines that the next version goes to, and the version that each runs, -1 for none."""
+        return self._members.engines
+
+    @property
+    def behind(self) -> list[str]:
+        """Engines that joined and do not run the last committed version; they have it after a `resend`."""
+        self._members.take_in()
+        return self._members.roster.behind(self.version) if self.version >= 0 else []
+
+    def wait_for_engines(self, engine_ids: Set[str], timeout_s: float) -> None:
+        """Return when all of `engine_ids` have joined. Raises `EnginesMissing` after `timeout_s`."""
+        self._members.wait_for(engine_ids, timeout_s)
+
+    def begin(self, version: int) -> None:
+        """Offer `version`, which must be above the last committed one, to every engine that joined; buckets come next. The time
+        of the sync runs from here. A collective."""
+        fault = "" if version > self.version else f"expected one above {self.version}, the last committed"
+        self._begin(version, lambda: self._members.roster.versions, fault)
+
+    def resend(self, version: int) -> None:
+        """`begin` of the last committed version once more, for the engines that are `behind`. A collective."""
+        fault = "" if version == self.version >= 0 else f"expected {self.version}, the last committed"
+        self._begin(version, lambda: self._members.roster.behind(version), fault)
+
+    def write(self, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> None:
+        """Broadcast one bucket of rank 0: a flat tensor for each of its pieces, from any device, cast to the wire dtype on the way.
+
+        Buckets come in the plan's order. Returns when the bucket is on its way, at once if the version no longer is. Raises
+        `WeightSyncError` for what does not fit the plan.
+        """
+        draft, started = self._begun("write"), time.monotonic()
+        own = self._plan.of(0)
+        if draft.written == len(own) or bucket != own[draft.written]:
+            raise WeightSyncError(
+                f"version {draft.stream.version}: bucket {bucket.index} out of order, expected bucket {draft.written} of "
+                f"{len(own)} that rank 0 sends"
+            )
+        draft.written += 1
+        if not draft.off:
+            self._sending(draft, lambda: self._sender.send(bucket, pieces, lambda: self._look(draft)))
+        draft.write_s += time.monotonic() - started
+
+    def abandon(self) -> None:
+        """Forget a version that is begun and not committed, such as when gathering failed; engines are told."""
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.exchange.withdraw("the learner gave it up")
+            self._settle(draft)
+
+    def commit(self, probe: Probe | None = None) -> SyncReport:
+        """Return when every engine runs the version. A collective.
+
+        Raises `SyncAborted` (the old version is live everywhere; the version may be begun again) if an engine or a sender dropped
+        out before all had it, `ProbeMismatch` (live, but not right) if engines failed the probe and none is left that runs it, or
+        `WeightSyncError` if buckets are missing. Engines that did not take it after that are in the report's `out_of_service`.
+        """
+        draft = self._begun("commit")
+        expected = len(self._plan.of(0))
+        if draft.written < expected:
+            raise WeightSyncError(
+                f"version {draft.stream.version}: expected {expected} buckets, {draft.written} are written"
+            )
+        self._draft, draft.probe = None, probe
+        try:
+            sums = self._finish_sending(draft)
+            report = self._see_through(draft)
+        except BaseException as error:
+            draft.exchange.interrupt(error)
+            raise
+        finally:
+            self._settle(draft)
+        aborted = bool(report.members) and not report.committed
+        self._ranks.share(encode(Outcome(report=report, aborted=aborted)))
+        if aborted:
+            raise SyncAborted(report.describe(), report)
+        self.version = report.version
+        return self._reported(draft, report, version_digest(sums))
+
+    def welcome(self, give_way: Callable[[], bool] = never) -> SyncReport | None:
+        """Takes note of engines that came. They get a version with the next `begin` or `resend`, so there is never a report."""
+        if self._draft is None:
+            self._members.take_in()
+        return None
+
+    def close(self) -> None:
+        """Free the ports, leave the group. May be called twice."""
+        self._closed = True
+        if self._draft is not None:
+            self.abandon()
+        self._sender.close()
+        self._members.close()
+
+    def _begin(self, version: int, members_of: Callable[[], Iterable[str]], fault: str) -> None:
+        self._members.take_in()
+        if self._closed or self._draft is not None:
+            fault = "the publisher is closed" if self._closed else "another version is begun"
+        if fault:
+            self._ranks.share(encode(Refused(error=f"version {version}: {fault}")))
+            raise WeightSyncError(f"version {version}: {fault}")
+        started = time.monotonic()
+        draft = self._drafted(version, tuple(sorted(members_of())), started)
+        self._draft = draft
+        self._ranks.share(encode(draft.stream))
+        if draft.off:
+            return
+        try:
+            draft.exchange.start()
+            self._sender.begin(draft.stream)
+        except BaseException as error:
+            draft.exchange.interrupt(error)
+            self._settle(draft)
+            raise
+
+    def _drafted(self, version: int, names: tuple[str, ...], started: float) -> _Draft:
+        attempt, epoch = self._members.next_attempt(), self._members.roster.epoch
+        made = self._group is not None and self._group[:2] == (epoch, names)
+        name = self._group[2] if self._group is not None and made else str(attempt)
+        self._group = (epoch, names, name)
+        staging_s, settle_s = STAGING_SHARE * self._timeout_s, self._settle_s
+        stream = Stream(name=name, version=version, size=1 + len(names), made=made, timeout_s=staging_s)
+        transaction = Transaction(
+            version,
+            names,
+            now=started,
+            staging_deadline=started + staging_s,
+            deadline=started + self._timeout_s,
+            together=True,
+            settle_s=settle_s,
+        )
+        for reason, count in self._members.ignored.items():
+            transaction.ignore(reason, count)
+        self._members.ignored.clear()
+
+        def propose_for(engine_id: str) -> wire.Propose:
+            source = wire.Group(
+                backend=backend_of(self._device),
+                stores=self._stores,
+                name=name,
+                rank=1 + names.index(engine_id),
+                size=stream.size,
+                made=made,
+            )
+            offer = wire.Offer(version=version, source=source, plan=self._plan, checksums=())
+            # They hear of it first if it is called off at the deadline.
+            return wire.Propose(attempt=attempt, offer=offer, timeout_s=staging_s + settle_s)
+
+        def probe_for(engine_id: str) -> Probe | None:
+            return self._members.roster.to_ask(engine_id, draft.probe)
+
+        exchange = Exchange(self._members.socket, transaction, attempt, propose_for, probe_for)
+        draft = _Draft(stream, transaction, exchange, started)
+        return draft
+
+    @property
+    def _settle_s(self) -> float:
+        return min(SETTLE_S, (1 - STAGING_SHARE) * self._timeout_s)
+
+    def _begun(self, what: str) -> _Draft:
+        if self._draft is None:
+            raise WeightSyncError(f"{what}: no version is begun; call begin(version) first")
+        return self._draft
+
+    def _sending(self, draft: _Draft, call: Callable[[], None]) -> None:
+        """`call` sends; what comes between is settled before this returns."""
+        try:
+            call()
+        except GroupBroken as error:
+            draft.exchange.broke(str(error))
+            self._call_off(draft)
+        except _Off:
+            self._call_off(draft)
+
+    def _look(self, draft: _Draft) -> None:
+        """Takes in what engines and other ranks say. Raises `_Off` or `GroupBroken` once the version is not to be sent any more."""
+        now = time.monotonic()
+        if now < draft.next_step:
+            return
+        draft.next_step = now + STEP_S
+        draft.exchange.step(0.0)
+        if draft.transaction.broken or draft.transaction.report is not None:
+            raise _Off
+        if self._ranks.size > 1 and (reason := self._sender.called_off()):
+            raise GroupBroken(reason)
+
+    def _call_off(self, draft: _Draft) -> None:
+        """Send no more, and hear what everyone has to say about it.
+
+        Waits for: word of every engine. Unblocked by: engines, which find that it was called off, or their death. Ends: then, or
+        `SETTLE_S` later.
+        """
+        draft.off = True
+        report = draft.transaction.report
+        self._sender.call_off(report.reason if report else draft.transaction.broken)
+        draft.exchange.go_on(never)
+
+    def _finish_sending(self, draft: _Draft) -> list[int]:
+        """All ranks have sent, or the version is off. The checksums of all buckets, where all were sent."""
+        if not draft.off:
+            self._sending(draft, lambda: self._sender.drain(lambda: self._look(draft)))
+        mine = Sent(error="", checksums=tuple(self._sender.checksums))
+        said = [decode_sent(each) for each in self._ranks.collect(encode(mine))]
+        errors = [f"learner rank {rank}: {each.error}" for rank, each in enumerate(said) if each.error]
+        if errors and not draft.off:
+            draft.exchange.broke("\n".join(errors))
+            self._call_off(draft)
+        if not draft.off:
+            self._sender.tell_checksums()
+        return [checksum for each in said for checksum in each.checksums]
+
+    def _see_through(self, draft: _Draft) -> TransactionReport:
+        """Until it is settled, at its deadline at the latest."""
+
+        def watch() -> bool:
+            if draft.transaction.broken and not draft.off:
+                self._call_off(draft)
+            return False
+
+        if not draft.transaction.members:
+            draft.exchange.start()
+        return draft.exchange.go_on(watch)
+
+    def _settle(self, draft: _Draft) -> None:
+        self._draft = None
+        report, exchange = draft.transaction.report, draft.exchange
+        if report is None:
+            return
+        self._members.roster.settle(report, exchange.comings, exchange.answers.keys())
+        if report.committed:
+            self._sender.end()
+        else:
+            self._group = None
+            if report.members:
+                self._sender.call_off(report.reason)
+
+    def _reported(self, draft: _Draft, report: TransactionReport, digest: str) -> SyncReport:
+        found = differences(draft.probe, draft.exchange.answers)
+        sync = sync_report(
+            self._members, self._plan, digest, report, draft.exchange, found, draft.started, draft.write_s
+        )
+        if (fault := shared_fault(draft.probe, found, sync)) is not None:
+            raise fault
+        return sync
+
+
+class _Off(Exception):
+    """The version is not to be sent any more."""
