@@ -10,8 +10,10 @@ export PYTHONSAFEPATH := 1
 quickstart: $(VENV)/.installed
 	$(BIN)/asyncrl launch recipes/quickstart.toml
 
+# Two at a time, each with one thread to compute with: tests wait more than they compute, but for learners and engines.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder -m "not alone"
+	$(BIN)/pytest -m alone
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from asyncrl.weight_sync.errors import ChecksumError, DeviceMemoryError, Incompl
 from asyncrl.weight_sync.fit import Fit, misfit
 from asyncrl.weight_sync.mappings import Mappings
 from asyncrl.weight_sync.plan import Plan
-from asyncrl.weight_sync.wire import DeviceMemory, Offer
+from asyncrl.weight_sync.wire import DeviceMemory, Offer, encode
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -140,14 +140,15 @@ class VLLMWeights:
 
     async def _write(self, llm: AsyncLLM, staged: Staged) -> None:
         offer = staged.offer
-        update = {"offer": msgspec.to_builtins(offer), "inode": staged.inode}
+        method = "replace_model" if offer.plan.adapter is None else "replace_adapter"
         complete = False
         try:
-            if offer.plan.adapter is not None:
-                await llm.collective_rpc("replace_adapter", kwargs=update)
-                await llm.update_weight_version(str(offer.version))
-            else:
-                await _replace_model(llm, update, offer.version)
+            # Both on the way at once; the core takes them in this order. Should the first fail, the label is never seen:
+            # generation is not resumed then.
+            await asyncio.gather(
+                llm.collective_rpc(method, kwargs={"offer": encode(offer), "inode": staged.inode}),
+                llm.update_weight_version(str(offer.version)),
+            )
             complete = True
         except dead_errors():
             raise
@@ -194,14 +195,6 @@ class VLLMWeights:
                 f"engine {self._core.engine_id}: probe of {len(tokens)} tokens gave {len(values)} logprobs"
             )
         return values
-
-
-async def _replace_model(llm: AsyncLLM, update: dict[str, Any], version: int) -> None:
-    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-    await llm.start_weight_update()
-    await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
-    await llm.finish_weight_update(weight_version=str(version))
 
 
 def _kind(rank: int) -> str:

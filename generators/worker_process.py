@@ -94,9 +94,11 @@ def serve(connection: socket.socket) -> None:
     except FunctionError as error:
         send(connection, Ready(problem=str(error)))
         return
-    except Exception as error:  # noqa: BLE001 - the edge of foreign code: the pool raises it
+    except (
+        Exception
+    ) as error:  # whatever foreign code raises: the pool tells of it, and the traceback is printed
         send(connection, Ready(problem=f"loading it failed: {_told(error)}"))
-        return
+        raise
     send(connection, Ready())
     # Waits for the next question; ends when the parent closes the socket or is gone.
     while (ask := _next_ask(connection, parent)) is not None:

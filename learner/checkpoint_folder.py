@@ -112,8 +112,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises `BrokenCheckpoint` if it is not there, or not as it was written."""
     path = folder / MANIFEST
     try:
-        sealed = msgspec.json.decode(path.read_bytes(), type=_Sealed)
-        if xxhash.xxh3_128_hexdigest(sealed.manifest) != sealed.xxh3:
+        raw = path.read_bytes()
+        sealed = msgspec.json.decode(raw, type=_Sealed)
+        # Encoded again, as a space between its parts is no other JSON, but other bytes.
+        if xxhash.xxh3_128_hexdigest(sealed.manifest) != sealed.xxh3 or msgspec.json.encode(sealed) != raw:
             raise BrokenCheckpoint(f"{path} was changed since it was written. Take an older checkpoint")
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
     except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:

@@ -24,6 +24,7 @@ from asyncrl.learner.checkpoint import Checkpoints
 from asyncrl.learner.config import CriticConfig, LearnerConfig, base_is_reference
 from asyncrl.learner.critic import load_critic, outputs_of, trained_critic
 from asyncrl.learner.distributed import init_distributed, leave_distributed, share_table, this_device
+from asyncrl.learner.group_ranks import GroupRanks
 from asyncrl.learner.metrics import StepMetrics
 from asyncrl.learner.model import load_policy, trained_parameters
 from asyncrl.learner.objective_needs import needs_of
@@ -39,6 +40,7 @@ from asyncrl.learner.trained import Schedule, Trained
 from asyncrl.learner.training import Training
 from asyncrl.learner.weights import save_folder
 from asyncrl.weight_sync.plan import Adapter, Bucket, Plan
+from asyncrl.weight_sync.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Learner:
         self._config, self._model_path, self._temperature = config, model_path, temperature
         self._rank, self._ranks = rank, ranks
         self._device = this_device(config.device)
+        self._group_ranks = GroupRanks(self._device)
         self._policy = load_policy(model_path, mesh, config.dtype, config.lora, config.sharding)
         self._sending = self._outlet(mesh)
         self.trained = {"policy": self._trained_policy()}
@@ -95,6 +98,11 @@ class Learner:
         self._sending.forget()
         table, version = share_table(table, version, self._rank, self._device)
         return self._training.train(table, version, start)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The learner's ranks, to talk over. Its calls are collectives."""
+        return self._group_ranks
 
     @property
     def vocabulary_size(self) -> int:

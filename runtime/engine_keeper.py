@@ -186,7 +186,7 @@ class EngineKeeper:
         self._be("joining", "waits for the learner's weights")
         learner = run.recipe.learner
         wait_s = learner.start_timeout_s + learner.step_timeout_s + run.recipe.weight_sync.timeout_s
-        joining = actor.join.remote(await asyncio.shield(run.endpoint), wait_s)
+        joining = actor.join.remote(await asyncio.shield(run.endpoint), run.address.keys, wait_s)
         await run.watch.call(engine_id, joining, wait_s + _CALL_S)
         self.actor = actor
         self._be("idle", "")

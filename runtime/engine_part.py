@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 
 from asyncrl.buffer import BufferAddress, BufferClient
+from asyncrl.buffer.keys import ClientKeys, secure_client
 from asyncrl.generators.collector import leave_out_what_is_loaded
 from asyncrl.generators.config import PoolConfig
 from asyncrl.generators.dispatcher import Dispatcher
@@ -99,12 +100,14 @@ class EnginePart:
         node = ray.get_runtime_context().get_node_id()
         return f"{ray.util.get_node_ip_address()} ({node[:6]})"
 
-    async def join(self, endpoint: str, timeout_s: float) -> int:
-        """Joins the learner's publisher and waits for the present weights; returns their version.
+    async def join(self, endpoint: str, keys: ClientKeys, timeout_s: float) -> int:
+        """Joins the learner's publisher, which has the run's keys, and waits for the present weights; returns their version.
 
         Raises VersionTimeout, or what ended the receiver before.
         """
-        self._receiver = Receiver(self._engine, endpoint, self._engine_id)
+        self._receiver = Receiver(
+            self._engine, endpoint, self._engine_id, secure=partial(secure_client, keys=keys)
+        )
         self._receiving = asyncio.create_task(self._receiver.run(), name="receiver")
         try:
             await self._receiver.wait_for_version(0, timeout_s)
@@ -178,6 +181,7 @@ class EnginePart:
             pool=self._pool.name,
             state=state,
             version=stats.version,
+            weights=self._receiver.digest if self._receiver is not None else "",
             slots_used=used,
             slots=slots,
             tokens_per_s=(stats.generated_tokens - before) / max(now - then, 1e-3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -93,24 +93,43 @@ def _slots(used: int, slots: int, width: int) -> Text:
     )
 
 
-def engines_detail(engines: Sequence[EngineFacts], version: int, width: int) -> RenderableType:
-    """A row for each engine, however many. What none of them has (a death, a node) gets no column."""
+def strange_weights(engine: EngineFacts, weights: Mapping[int, str]) -> str:
+    """What is wrong with the bytes that `engine` loaded, given the learner's digests by version; empty where nothing is, or where
+    one of the two is not known."""
+    expected = weights.get(engine.version, "")
+    if not expected or engine.weights in ("", expected):
+        return ""
+    return f"NOT THE LEARNER'S WEIGHTS: version {engine.version} is {expected}, it loaded {engine.weights}"
+
+
+def engines_detail(
+    engines: Sequence[EngineFacts], version: int, width: int, weights: Mapping[int, str]
+) -> RenderableType:
+    """A row for each engine, however many. What none of them has (a death, a node) gets no column. `weights`: the learner's
+    digests by version."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=QUIET)
     wide = width >= _WIDE
     shown = {
         "KV": any(math.isfinite(e.kv_used_fraction) for e in engines),
         "preempted": wide and any(e.preemptions for e in engines),
         "deaths": wide and any(e.deaths for e in engines),
+        "weights": wide and any(e.weights for e in engines),
         "node": wide and any(e.node for e in engines),
     }
     table.add_column("engine", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name in ("version", "slots", "tokens/s", *(name for name in shown if shown[name])):
-        table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("node", "weights") else "right", no_wrap=True)
     rows: list[Noted] = []
     for engine in engines:
         kv = f"{engine.kv_used_fraction:.0%}" if math.isfinite(engine.kv_used_fraction) else "-"
-        more = (kv, f"{engine.preemptions:,}", str(engine.deaths), one_line(engine.node))
+        more = (
+            kv,
+            f"{engine.preemptions:,}",
+            str(engine.deaths),
+            one_line(engine.weights),
+            one_line(engine.node),
+        )
         cells: tuple[str | Text, ...] = (
             one_line(engine.engine_id),
             Text(engine.state, STATE_STYLES[engine.state]),
@@ -119,14 +138,15 @@ def engines_detail(engines: Sequence[EngineFacts], version: int, width: int) -> 
             f"{engine.tokens_per_s:,.0f}",
             *(cell for cell, is_shown in zip(more, shown.values(), strict=True) if is_shown),
         )
-        rows.append((cells, _note(engine, wide=wide)))
+        rows.append((cells, _note(engine, strange_weights(engine, weights), wide=wide)))
     return with_notes(table, rows, width)
 
 
-def _note(engine: EngineFacts, *, wide: bool) -> str:
+def _note(engine: EngineFacts, strange: str, *, wide: bool) -> str:
     """Why it is as it is, and on a narrow terminal what has no column there."""
     deaths = f"{engine.deaths} death{'s' if engine.deaths > 1 else ''}"
     parts = (
+        strange,
         f"waits for {engine.waits_for}" if engine.waits_for else "",
         engine.reason,
         f"{engine.preemptions:,} preempted" if engine.preemptions and not wide else "",

@@ -131,6 +131,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     state: EngineState
     version: int
     """-1 before the first weights."""
+    weights: str = ""
+    """Digest of the bytes of that version that it verified and loaded: 16 hex digits. Empty where it summed them on its device."""
     slots_used: int
     slots: int
     tokens_per_s: float
@@ -217,6 +219,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot", tag_fi
     steps: int
     """Learner steps asked for."""
     version: int
+    weights: dict[int, str] = {}
+    """Digests of the newest versions as the learner wrote them, by version: what an engine's `weights` must be."""
     engines: list[EngineFacts]
     buffer: BufferFacts
     state: RunState = "running"

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from asyncrl.buffer import BlockingBufferClient, BufferAddress
 from asyncrl.buffer.columns import slices
+from asyncrl.buffer.keys import read_server_keys
 from asyncrl.buffer.records import Selection
 from asyncrl.buffer.schema import ENVIRONMENT
 from asyncrl.learner.metrics import StepMetrics
@@ -26,12 +27,16 @@ from asyncrl.learner.step import Learner
 from asyncrl.recipes import Recipe
 from asyncrl.recipes.sizes import wire_dtype
 from asyncrl.runtime.checkpoints import Checkpoints
+from asyncrl.runtime.door import Door
 from asyncrl.runtime.part_log import write_log_to
 from asyncrl.runtime.run_folder import RunFolder
+from asyncrl.runtime.sending import Sender
+from asyncrl.weight_sync.hosts import this_host
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.report import SyncReport
 from asyncrl.weight_sync.rolling_publisher import RollingPublisher
+from asyncrl.weight_sync.share import ShareWriter
 from asyncrl.weight_sync.welcomer import Welcomer
 
 _PROBE_TOKENS = 16
@@ -91,8 +96,17 @@ class LearnerPart:
             recipe.learner.ranks,
             address,
         )
-        self._plan = self._learner.plan(recipe.weight_sync.bucket_bytes, wire_dtype(recipe))
+        sync = recipe.weight_sync
+        self._plan = self._learner.plan(sync.bucket_bytes, wire_dtype(recipe), sync.senders)
+        self._door: Door | None = None
         self._publisher: Publisher | None = None
+        self._share = (
+            ShareWriter(self._plan, self._learner.ranks, this_host())
+            if rank and self._plan.senders > 1
+            else None
+        )
+        """This rank's part in rank 0's publisher."""
+        self._sender: Sender | None = None
         self._welcomer: Welcomer | None = None
         self._welcomes: list[SyncReport] = []
         """Since the last step, as far as they were asked for."""
@@ -100,8 +114,6 @@ class LearnerPart:
         self._batch: tuple[Selection, pa.RecordBatch] | None = None
         self._version = -1
         self._step = 0
-        self._published = 0
-        """Versions of this process."""
         self._outcome: StepOutcome | None = None
         self._taken: Taken | None = None
         self._taken_at = -1
@@ -113,7 +125,15 @@ class LearnerPart:
             return ""
         lag = self._recipe.max_lag_versions
         kind = partial(RollingPublisher, max_lag_versions=lag) if lag else Publisher
-        self._publisher = kind(self._recipe.weight_sync, self._run_id, self._plan, self._host)
+        self._door = Door(read_server_keys(self._folder.keys))
+        self._publisher = kind(
+            self._recipe.weight_sync,
+            self._run_id,
+            self._plan,
+            self._host,
+            self._door.secure,
+            ranks=self._learner.ranks,
+        )
         return self._publisher.endpoint
 
     def meet(self, buffer: BufferAddress) -> None:
@@ -140,18 +160,14 @@ class LearnerPart:
         with self._welcomer.paused() if self._welcomer else contextlib.nullcontext():
             report = self._send(version, probe)
         self._version = version
-        self._published += 1
         return report
 
     def _send(self, version: int, probe: Probe | None) -> SyncReport | None:
-        publisher = self._publisher
-        if publisher is not None:
-            publisher.begin(version)
-        for bucket in self._plan.buckets:
-            pieces = self._learner.gather(self._plan, bucket)
-            if publisher is not None:
-                publisher.write(bucket, pieces)
-        return publisher.commit(probe) if publisher is not None else None
+        if self._sender is None:
+            writer = self._publisher or self._share
+            timeout_s = self._recipe.weight_sync.timeout_s
+            self._sender = Sender(self._learner, self._plan, writer, timeout_s)
+        return self._sender.send(version, probe)
 
     def admit_prompts(self) -> None:
         """Tells the buffer that the present version is live: prompts may come."""
@@ -247,6 +263,10 @@ class LearnerPart:
             self._welcomer.close()
         if self._publisher is not None:
             self._publisher.close()
+        if self._share is not None:
+            self._share.close()
+        if self._door is not None:
+            self._door.close()
         if self._buffer is not None:
             self._buffer.close()
         self._learner.close()
@@ -262,15 +282,19 @@ class LearnerPart:
         return self._buffer
 
     def _probe(self) -> Probe | None:
-        """Random tokens, the same for every version, with the learner's logprobs of them. A collective."""
+        """Random tokens, the same for every version, with the learner's logprobs of them. A collective.
+
+        Computed for each version, also where proven engines are not asked: one that comes later takes that version first.
+        """
         verify = self._recipe.weight_sync.verify
-        if verify == "never" or (verify == "first" and self._published > 1):
+        if verify == "never":
             return None
         vocabulary = self._learner.vocabulary_size
         tokens = random.Random(0).choices(range(vocabulary), k=_PROBE_TOKENS)
         logprobs = self._learner.logprobs(tokens)
         tolerance = self._recipe.weight_sync.verify_tolerance
-        return Probe(tokens=tuple(tokens), logprobs=tuple(logprobs), tolerance=tolerance)
+        every = verify == "always"
+        return Probe(tokens=tuple(tokens), logprobs=tuple(logprobs), tolerance=tolerance, every=every)
 
 
 def examine(rows: pa.RecordBatch, version: int, bound: int) -> Handover:

@@ -23,6 +23,11 @@ from asyncrl.runtime.learner_part import StepOutcome
 from asyncrl.runtime.metrics import MetricsLog
 from asyncrl.runtime.reported import Waits, buffer_facts, step_facts
 from asyncrl.runtime.view import View
+from asyncrl.weight_sync.report import SyncReport
+
+
+_WEIGHTS_KEPT = 4
+"""Versions whose digests are shown."""
 
 
 class RunStalled(RuntimeError):
@@ -43,6 +48,7 @@ class Observer:
         self._phase = ""
         self._step = 0
         self._version = -1
+        self._weights: dict[int, str] = {}
         self._learner_tokens_per_s = 0.0
         self._engines: list[facts.EngineFacts] = []
         self._pools: list[facts.PoolFacts] = []
@@ -105,10 +111,16 @@ class Observer:
         """A checkpoint: so many steps are done."""
         self._step, self._version = step, version
 
+    def published(self, report: SyncReport) -> None:
+        """A version is live, or on its way from engine to engine."""
+        self._weights[report.version] = report.digest
+        self._weights = dict(sorted(self._weights.items())[-_WEIGHTS_KEPT:])
+
     def stepped(
         self, step: int, outcome: StepOutcome, waited_s: float, checkpoint_stall_s: float = 0.0
     ) -> None:
         self._step, self._version = step, outcome.sync.version
+        self.published(outcome.sync)
         self.step_s = waited_s + outcome.train_s + outcome.publish_s
         self._learner_tokens_per_s = outcome.metrics.tokens_per_s
         self._moved = time.monotonic()
@@ -172,6 +184,7 @@ class Observer:
             step=self._step,
             steps=self._recipe.run.steps,
             version=self._version,
+            weights=self._weights,
             engines=self._engines,
             buffer=buffer_facts(report, self._recoveries),
             learner_state=self.learner_state,

@@ -7,6 +7,7 @@ what a run says (reasons, names of nodes) is shown, never obeyed. Called by the 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,8 +15,8 @@ from rich.text import Text
 
 from asyncrl.recipes.sizes import amount
 from asyncrl.runtime.control import RunStatus
-from asyncrl.runtime.engines_table import QUIET, engines_detail, engines_table, with_notes
-from asyncrl.runtime.facts import BufferFacts, PoolFacts, PoolState, RunState, Snapshot
+from asyncrl.runtime.engines_table import QUIET, engines_detail, engines_table, strange_weights, with_notes
+from asyncrl.runtime.facts import BufferFacts, EngineFacts, PoolFacts, PoolState, RunState, Snapshot
 from asyncrl.runtime.inspect_text import one_line
 from asyncrl.runtime.plain_view import clock, held_out_text
 
@@ -44,9 +45,20 @@ def draw_status(run: RunStatus, endpoint: str, width: int, most_engines: int | N
         rows += [Text(), _pools(now.pools, width)]
     if now.engines:
         by_pool = most_engines is not None and len(now.engines) > most_engines
-        engines = engines_table if by_pool else engines_detail
-        rows += [Text(), engines(now.engines, now.version, width)]
+        engines = _by_pool if by_pool else engines_detail
+        rows += [Text(), engines(now.engines, now.version, width, now.weights)]
     return Group(*rows)
+
+
+def _by_pool(
+    engines: Sequence[EngineFacts], version: int, width: int, weights: Mapping[int, str]
+) -> RenderableType:
+    """With the engines that run other weights than the learner's, of which there should be none, by name."""
+    table = engines_table(engines, version, width)
+    strange = [
+        f"{engine.engine_id}: {said}" for engine in engines if (said := strange_weights(engine, weights))
+    ]
+    return Group(table, *(Text(one_line(each), "red") for each in strange))
 
 
 def _facts(run: RunStatus, endpoint: str, width: int) -> Table:
@@ -68,7 +80,9 @@ def _facts(run: RunStatus, endpoint: str, width: int) -> Table:
     )
     done = f"  {now.step / now.steps:.0%}".replace("%", " %") if now.steps else ""
     version = str(now.version) if now.version >= 0 else "none"
-    table.add_row("step", _labelled(("", f"{now.step}/{now.steps}{done}"), ("version", version)))
+    digest = now.weights.get(now.version, "")
+    weights = [("weights", one_line(digest))] if digest else []
+    table.add_row("step", _labelled(("", f"{now.step}/{now.steps}{done}"), ("version", version), *weights))
     table.add_row(
         "learner", _labelled(("", now.learner_state), ("tokens/s", f"{now.learner_tokens_per_s:,.0f}"))
     )

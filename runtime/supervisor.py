@@ -146,7 +146,7 @@ class Supervisor:
             fleet.start()
             endpoint = await ranks.everyone("start", timeout_s=timeout_s)
             await ranks.first("meet", address, timeout_s=_CALL_S)
-            await ranks.everyone("publish", await self._restored())
+            self.observer.published(await ranks.everyone("publish", await self._restored()))
             fleet.endpoint.set_result(endpoint)
         with self.observer.phase(facts.FIRST_SYNC):
             await fleet.begin()

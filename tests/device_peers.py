@@ -79,7 +79,7 @@ def write(slots: DeviceSlots, plan: Plan, version: int, weights: Weights) -> Off
     slot = slots.next()
     sums = tuple(slot.fill(bucket, cut(plan, bucket, weights)) for bucket in plan.buckets)
     slots.committed()
-    return Offer(version=version, source=slot.source(), plan=plan, checksums=sums)
+    return Offer(version=version, source=slot.source(sums), plan=plan, checksums=())
 
 
 def read_versions(connection: Connection, device_name: str) -> None:

@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from asyncrl.weight_sync import sockets, wire
 from asyncrl.weight_sync.errors import ChecksumError
+from asyncrl.weight_sync.hosts import this_host
 from asyncrl.weight_sync.shm import map_version
 
 
@@ -37,7 +38,7 @@ class Puppet:
 
     async def run(self) -> None:
         """Waits for commands. Unblocked by the publisher. Ends when it is no longer alive, or cancelled."""
-        await self._socket.send(wire.encode(wire.Join(version=self.version)))
+        await self._socket.send(wire.encode(wire.Join(version=self.version, host=this_host())))
         while self.alive:
             await self._obey(wire.decode_for_engine(await self._socket.recv()))
 
@@ -77,7 +78,7 @@ class Puppet:
         elif deed == "leave":
             self.leave()
         elif deed == "anew":
-            await self._socket.send(wire.encode(wire.Join(version=self.version)))
+            await self._socket.send(wire.encode(wire.Join(version=self.version, host=this_host())))
         return deed == "obey"
 
     def leave(self) -> None:

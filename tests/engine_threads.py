@@ -10,6 +10,7 @@ from typing import Any
 
 from asyncrl.generators.fake_engine import FakeEngine, Fault
 from asyncrl.weight_sync.receiver import Receiver
+from asyncrl.weight_sync.sockets import Secure
 
 CALL_S = 30.0
 
@@ -17,7 +18,7 @@ CALL_S = 30.0
 class Engines:
     """One publisher's engines, by name. A second engine of a name stands beside the first until that is ended."""
 
-    def __init__(self, endpoint: str, **faults: list[Fault]) -> None:
+    def __init__(self, endpoint: str, secure: Secure | None = None, **faults: list[Fault]) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
@@ -27,6 +28,7 @@ class Engines:
         self.make: Callable[..., FakeEngine] = FakeEngine
         """Of the engines that are started from now on."""
         self._endpoint = endpoint
+        self._secure = secure
         self._all: list[tuple[FakeEngine, asyncio.Task[None]]] = []
         for name, script in faults.items():
             self.start(name, script)
@@ -41,7 +43,7 @@ class Engines:
     async def _start(self, name: str, faults: Sequence[Fault]) -> asyncio.Task[None]:
         engine = self.engines[name] = self.make(faults=faults)
         await engine.start()
-        receiver = self.receivers[name] = Receiver(engine, self._endpoint, name)
+        receiver = self.receivers[name] = Receiver(engine, self._endpoint, name, secure=self._secure)
         self.receiving[name] = asyncio.create_task(receiver.run())
         self._all.append((engine, self.receiving[name]))
         return self.receiving[name]

@@ -103,6 +103,24 @@ class World:
     async def answer(self, request: GenerationRequest) -> Answer:
         return Answer([chunk async for chunk in self.engine.generate(request)])
 
+    async def across_an_update(
+        self, kind: str, after_s: float
+    ) -> list[tuple[GenerationRequest, Answer, int]]:
+        """Eight streams of 300 tokens, with the version `kind` published in their middle; each with the number of its tokens
+        that are of the version before."""
+        old, streams = self.version, []
+        requests = [self.request(tokens=[index, 3, 4], n=300) for index in range(8)]
+        tasks = [asyncio.create_task(self.answer(request)) for request in requests]
+        await asyncio.sleep(after_s)
+        await self.publish(kind)
+        for request, task in zip(requests, tasks, strict=True):
+            answer = await task
+            kept = answer.versions.count(old)
+            assert 0 < kept < 300, "the update missed the stream: both versions must be seen"
+            assert answer.versions == [old] * kept + [old + 1] * (300 - kept)
+            streams.append((request, answer, kept))
+        return streams
+
     def end(self) -> Coroutine[Any, Any, None]:
         """Make the engine end without its consent, or by shutdown: each world has its own way."""
         raise NotImplementedError
@@ -166,8 +184,10 @@ class VLLMWorld(World):
         in_flight: InFlight = "keep",
         prefix_cache: bool = True,
         kv_cache_bytes: int = 2**27,
+        hidden_size: int = 64,
+        float8: bool = False,
     ) -> None:
-        tiny.write_model(folder, tied=tied)
+        tiny.write_model(folder, tied=tied, hidden_size=hidden_size)
         self.tied = tied
         self.models = {"random": Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)}
         self.models["other"] = _moved(Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32))
@@ -191,6 +211,7 @@ class VLLMWorld(World):
             self.max_tokens,
             in_flight=in_flight,
             prefix_cache=prefix_cache,
+            float8=float8,
         )
         self.engine = self.vllm
 

@@ -101,9 +101,15 @@ class Pull:
     """The questions of one version, from the first to the last bucket."""
 
     def __init__(
-        self, plan: Plan, checksums: Sequence[int], version: int, base: tuple[int, str] | None
+        self,
+        plan: Plan,
+        checksums: Sequence[int],
+        version: int,
+        base: tuple[int, str] | None,
+        first_question: int = 0,
     ) -> None:
-        """`base`: version and digest of the bytes to which deltas may be applied; None: none."""
+        """`base`: version and digest of the bytes to which deltas may be applied; None: none. `first_question`: from it on questions
+        are numbered; far from those of the fetch before, whose answers may come yet, to the same name."""
         self.bytes_asked = 0
         """Asked for so far, questions that were put again not counted."""
         self.delta_sizes: dict[int, int] = {}
@@ -121,7 +127,7 @@ class Pull:
         self._missing: dict[int, int] = {}
         """Bucket under way -> bytes of it that have not come."""
         self._room = 2 * max((bucket.size for bucket in plan.buckets), default=0)
-        self._next = 0
+        self._next = first_question
 
     @property
     def done(self) -> bool:
@@ -135,6 +141,10 @@ class Pull:
                 question = self._ready.popleft()
                 self._asked[question.question] = question
                 yield question
+
+    def is_open(self, question: int) -> bool:
+        """Whether it was asked here, and not answered."""
+        return question in self._asked
 
     def again(self) -> list[Question]:
         """What was asked and not answered, for a new connection."""

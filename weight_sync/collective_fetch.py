@@ -28,6 +28,7 @@ from typing import Final
 import msgspec
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from asyncrl.weight_sync.collective_sender import group_timeout_s
 from asyncrl.weight_sync.errors import GroupBroken
@@ -118,12 +119,12 @@ class _Member:
         self.device = torch.device("cuda", 0) if source.backend == "nccl" else torch.device("cpu")
         self._source = source
         self._timeout_s = timeout_s
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._group: PeerGroup | None = None
         self._lock = threading.Lock()
         self._dropped = False
 
-    def store(self) -> dist.TCPStore:
+    def store(self) -> TCPStore:
         """The connection to the sender's. Raises `GroupBroken`."""
         if self._store is None:
             self._store = connect_store(self._source.stores[self.sender])
@@ -135,7 +136,7 @@ class _Member:
             return self._group
         name, rank, store = self._source.name, self._source.rank, self.store()
         with store_errors(f"group {name}"):
-            store.set(f"{name}/here/{rank}", b"")
+            store.set(f"{name}/here/{rank}", "1")
         look.until(f"{name}/go")
         address = own_address(self._source.stores[self.sender])
         group = PeerGroup(store, name, rank, self._source.size, self.device, self._timeout_s, address)
@@ -160,7 +161,7 @@ class _Stopped(Exception):
 class _Look:
     """What a thread looks out for while it waits."""
 
-    def __init__(self, store: dist.TCPStore, prefix: str, stop: threading.Event, deadline: float) -> None:
+    def __init__(self, store: TCPStore, prefix: str, stop: threading.Event, deadline: float) -> None:
         self._store = store
         self._prefix = prefix
         self._stop = stop
@@ -254,11 +255,8 @@ class _Reception:
             rooms.land(*under_way.popleft(), look)
         look.until(f"{self._prefix}/sums")
         with store_errors(self._prefix):
-            sums = store.get(f"{self._prefix}/sums")
-        return {
-            bucket.index: int.from_bytes(sums[8 * place : 8 * place + 8], "little")
-            for place, bucket in enumerate(buckets)
-        }
+            sums = store.get(f"{self._prefix}/sums").decode().split()
+        return {bucket.index: int(each) for bucket, each in zip(buckets, sums, strict=True)}
 
 
 class _Rooms:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 
@@ -64,6 +64,8 @@ class _Draft:
         self.written = 0
         self.off = not transaction.members
         """Nothing is sent any more, or there is nobody to send to."""
+        self.faults: list[str] = []
+        """What kept learner ranks from sending their shares."""
         self.next_step = 0.0
 
 
@@ -164,29 +166,29 @@ class CollectivePublisher:
 
         Raises `SyncAborted` (the old version is live everywhere; the version may be begun again) if an engine or a sender dropped
         out before all had it, `ProbeMismatch` (live, but not right) if engines failed the probe and none is left that runs it, or
-        `WeightSyncError` if buckets are missing. Engines that did not take it after that are in the report's `out_of_service`.
+        `WeightSyncError` if buckets are missing and no engine is there. Engines that did not take it after that are in the report's `out_of_service`.
         """
-        draft = self._begun("commit")
-        expected = len(self._plan.of(0))
-        if draft.written < expected:
-            raise WeightSyncError(
-                f"version {draft.stream.version}: expected {expected} buckets, {draft.written} are written"
-            )
-        self._draft, draft.probe = None, probe
+        draft, self._draft = self._draft, None
+        fault = _missing(draft, len(self._plan.of(0)))
+        if draft is None:
+            self._end_without(self._collected(fault)[0] or [fault])
+        draft.probe = probe
         try:
-            sums = self._finish_sending(draft)
+            checksums = self._finish_sending(draft, fault)
             report = self._see_through(draft)
-        except BaseException as error:
-            draft.exchange.interrupt(error)
+        except BaseException as interruption:
+            draft.exchange.interrupt(interruption)
             raise
         finally:
             self._settle(draft)
-        aborted = bool(report.members) and not report.committed
-        self._ranks.share(encode(Outcome(report=report, aborted=aborted)))
-        if aborted:
-            raise SyncAborted(report.describe(), report)
+        if draft.faults and not report.members:
+            self._end_without(draft.faults)
+        error = report.describe() if report.members and not report.committed else ""
+        self._ranks.share(encode(Outcome(report=report, error=error)))
+        if error:
+            raise SyncAborted(error, report)
         self.version = report.version
-        return self._reported(draft, report, version_digest(sums))
+        return self._reported(draft, report, version_digest(checksums))
 
     def welcome(self, give_way: Callable[[], bool] = never) -> SyncReport | None:
         """Takes note of engines that came. They get a version with the next `begin` or `resend`, so there is never a report."""
@@ -305,19 +307,30 @@ class CollectivePublisher:
         self._sender.call_off(report.reason if report else draft.transaction.broken)
         draft.exchange.go_on(never)
 
-    def _finish_sending(self, draft: _Draft) -> list[int]:
+    def _finish_sending(self, draft: _Draft, fault: str) -> list[int]:
         """All ranks have sent, or the version is off. The checksums of all buckets, where all were sent."""
-        if not draft.off:
+        if not draft.off and not fault:
             self._sending(draft, lambda: self._sender.drain(lambda: self._look(draft)))
-        mine = Sent(error="", checksums=tuple(self._sender.checksums))
-        said = [decode_sent(each) for each in self._ranks.collect(encode(mine))]
-        errors = [f"learner rank {rank}: {each.error}" for rank, each in enumerate(said) if each.error]
-        if errors and not draft.off:
-            draft.exchange.broke("\n".join(errors))
+        draft.faults, checksums = self._collected(fault)
+        if draft.faults and not draft.off:
+            draft.exchange.broke("\n".join(draft.faults))
             self._call_off(draft)
         if not draft.off:
             self._sender.tell_checksums()
-        return [checksum for each in said for checksum in each.checksums]
+        return checksums
+
+    def _collected(self, fault: str) -> tuple[list[str], list[int]]:
+        """What kept a rank from sending its share, and the checksums of what was sent, of all ranks. A collective."""
+        mine = Sent(error=fault, checksums=tuple(self._sender.checksums))
+        said = [decode_sent(each) for each in self._ranks.collect(encode(mine))]
+        faults = [f"learner rank {rank}: {each.error}" for rank, each in enumerate(said) if each.error]
+        return faults, [checksum for each in said for checksum in each.checksums]
+
+    def _end_without(self, faults: Sequence[str]) -> NoReturn:
+        """No engine had to be asked."""
+        error = "the version is not complete. " + "; ".join(faults)
+        self._ranks.share(encode(Outcome(report=None, error=error)))
+        raise WeightSyncError(error)
 
     def _see_through(self, draft: _Draft) -> TransactionReport:
         """Until it is settled, at its deadline at the latest."""
@@ -352,6 +365,15 @@ class CollectivePublisher:
         if (fault := shared_fault(draft.probe, found, sync)) is not None:
             raise fault
         return sync
+
+
+def _missing(draft: _Draft | None, expected: int) -> str:
+    """What of a version is not there; empty: nothing."""
+    if draft is None:
+        return "commit: no version is begun; call begin(version) first"
+    if draft.written < expected:
+        return f"version {draft.stream.version}: expected {expected} buckets, {draft.written} are written"
+    return ""
 
 
 class _Off(Exception):

@@ -26,6 +26,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from asyncrl.weight_sync.collective_words import Stream
 from asyncrl.weight_sync.errors import GroupBroken, WeightSyncError
@@ -41,7 +42,7 @@ GRACE_S: Final = 10.0
 Look = Callable[[], None]
 
 
-def read_off(store: dist.Store, stream: Stream) -> str:
+def read_off(store: Store, stream: Stream) -> str:
     """Why a version was called off at this store; empty: it was not."""
     key = f"{stream.prefix}/off"
     return store.get(key).decode() if store.check([key]) else ""
@@ -99,7 +100,7 @@ class CollectiveSender:
         buffer.pack(self._plan, bucket, pieces)
         group = self._connected(look)
         buffer.start(group, bucket.size)
-        self._store.set(f"{stream.prefix}/go/{bucket.index}", b"")
+        self._store.set(f"{stream.prefix}/go/{bucket.index}", "1")
         # While it travels.
         self.checksums.append(buffer.checksum())
 
@@ -113,20 +114,19 @@ class CollectiveSender:
     def tell_checksums(self) -> None:
         """The version is complete: engines may go on to verify it."""
         stream = self._begun()
-        sums = b"".join(each.to_bytes(8, "little") for each in self.checksums)
-        self._store.set(f"{stream.prefix}/sums", sums)
+        self._store.set(f"{stream.prefix}/sums", " ".join(map(str, self.checksums)))
 
     def call_off(self, reason: str) -> None:
         """Tell the engines that this version does not come, and drop the group. Never blocks."""
         if self._stream is not None:
-            self._store.set(f"{self._stream.prefix}/off", reason.encode())
+            self._store.set(f"{self._stream.prefix}/off", reason)
         self._leave_group()
-        self._buffers = []
+        self._buffers, self.checksums = [], []
 
     def end(self) -> None:
         """The version is settled; the group stays for the next one."""
         stream, self._stream = self._stream, None
-        self._buffers = []
+        self._buffers, self.checksums = [], []
         if stream is None:
             return
         for key in self._keys(stream.prefix):
@@ -182,7 +182,7 @@ class _Making:
     """A group on its way: first the engines come, then it is made, in a thread."""
 
     def __init__(
-        self, store: dist.TCPStore, stream: Stream, device: torch.device, timeout_s: float, host: str
+        self, store: TCPStore, stream: Stream, device: torch.device, timeout_s: float, host: str
     ) -> None:
         self._store = store
         self._stream = stream
@@ -201,7 +201,7 @@ class _Making:
         while not self._store.check(here):
             look()
             time.sleep(1e-3)
-        self._store.set(f"{name}/go", b"")
+        self._store.set(f"{name}/go", "1")
         self._thread.start()
         # Waits for: connections. Unblocked by: engines, or the group's timeout. Ends: then, or with what `look` raises.
         while self._thread.is_alive():
@@ -264,5 +264,5 @@ class _Buffer:
         """Of what was packed. Of device memory, of a copy that is made while it travels."""
         if self._host is not self._bytes:
             self._host[: self._size].copy_(self._bytes[: self._size])
-        with memoryview(self._host[: self._size].numpy()) as packed:
-            return xxhash.xxh3_64_intdigest(packed)
+        packed: memoryview = self._host[: self._size].numpy().data
+        return xxhash.xxh3_64_intdigest(packed)

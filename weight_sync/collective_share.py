@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from asyncrl.weight_sync.collective_sender import CollectiveSender, read_off
 from asyncrl.weight_sync.collective_words import (
@@ -51,7 +51,7 @@ class CollectiveShare:
             plan, ranks.rank, host, device or torch.device("cpu"), config.timeout_s
         )
         stores = [each.decode() for each in ranks.collect(self._sender.address.encode())]
-        self._word: dist.TCPStore = connect_store(stores[0])
+        self._word: TCPStore = connect_store(stores[0])
         """Rank 0's store, where the ranks say that a version is off."""
         self._stream: Stream | None = None
         self._written = 0
@@ -94,26 +94,28 @@ class CollectiveShare:
         self._stream = None
 
     def commit(self, probe: object = None) -> None:
-        """See `CollectivePublisher.commit`. Raises `SyncAborted` as it does; everything else is rank 0's to say."""
-        stream = self._begun("commit")
-        own = self._plan.of(self._ranks.rank)
-        if self._written < len(own):
-            raise WeightSyncError(
-                f"version {stream.version}: expected {len(own)} buckets, {self._written} are written"
-            )
-        self._stream = None
-        if stream.size > 1 and not self._error:
+        """See `CollectivePublisher.commit`: of what that raises, whether the version was sent; the rest is rank 0's to say."""
+        stream, self._stream = self._stream, None
+        missing = len(self._plan.of(self._ranks.rank)) - self._written
+        if stream is None:
+            self._error = "no version is begun"
+        elif missing and not self._error:
+            self._error = f"{missing} of its buckets are not written"
+        sends = stream is not None and stream.size > 1
+        if stream is not None and sends and not self._error:
             self._sending(stream, lambda: self._sender.drain(lambda: self._look(stream)))
-        if stream.size > 1 and not self._error:
+        if sends and not self._error:
             self._sender.tell_checksums()
         self._ranks.collect(encode(Sent(error=self._error, checksums=tuple(self._sender.checksums))))
         outcome = decode_outcome(self._ranks.share(b""))
-        if outcome.report.committed:
+        if outcome.report is not None and outcome.report.committed:
             self._sender.end()
-        elif stream.size > 1:
-            self._sender.call_off(outcome.report.reason)
-        if outcome.aborted:
-            raise SyncAborted(outcome.report.describe(), outcome.report)
+        elif sends:
+            self._sender.call_off(outcome.error)
+        if outcome.error and outcome.report is not None:
+            raise SyncAborted(outcome.error, outcome.report)
+        if outcome.error:
+            raise WeightSyncError(outcome.error)
 
     def close(self) -> None:
         """Leave the group. May be called twice."""
@@ -132,7 +134,7 @@ class CollectiveShare:
             self._sender.call_off(self._error)
             # Rank 0 may wait for engines that cannot have everything any more.
             with store_errors("learner rank 0"):
-                self._word.set(f"{stream.prefix}/off", self._error.encode())
+                self._word.set(f"{stream.prefix}/off", self._error)
 
     def _look(self, stream: Stream) -> None:
         """Raises `GroupBroken` if another rank called it off, or time is over."""

@@ -48,8 +48,10 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """From rank 0 at the end."""
 
-    report: TransactionReport
-    aborted: bool
+    report: TransactionReport | None
+    """None: no engine had a part in it."""
+    error: str
+    """What every rank raises; empty: nothing."""
 
 
 encode: Final = msgspec.msgpack.Encoder().encode

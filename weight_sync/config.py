@@ -35,7 +35,7 @@ class WeightSyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     prefix_cache: bool = True
     """Engines reuse the KV cache of a common prefix. Never across versions, whichever `in_flight` is."""
     verify: Literal["first", "always", "never"] = "first"
-    """Compare a probe's logprobs between engine and learner: after the first two versions, each version, or never.
-    (Version 0 shows that loading works, version 1 that replacing does.)"""
+    """Compare a probe's logprobs between engine and learner before a token of a version leaves the engine: at the first two
+    versions that an engine takes (one shows that loading works, the other that replacing does), at each version, or never."""
     verify_tolerance: Annotated[float, msgspec.Meta(gt=0)] = 1e-3
     """Largest |difference| of a probe token's logprob; raise it to about 0.1 for bfloat16 engines."""

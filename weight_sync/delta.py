@@ -174,7 +174,7 @@ def _escaped(gaps: _Items) -> _Items:
 def _positions(entries: _Items, changed: int, items: int, number: int) -> _Items:
     """Index of each changed item, going up."""
     ends = entries != _ESCAPE
-    positions = np.cumsum(entries, dtype=np.int64)[ends]
+    positions: _Items = np.cumsum(entries, dtype=np.int64)[ends]
     if len(positions) != changed or not ends[-1]:
         raise MalformedDelta(f"section {number}: {len(positions)} positions for {changed} changes")
     positions += np.arange(changed)

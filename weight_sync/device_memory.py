@@ -51,6 +51,10 @@ Allocate = Callable[[int], Memory]
 class DeviceSlot:
     """One allocation, which holds one version."""
 
+    retired = False
+    name = ""
+    """By which other processes could write into it: none can."""
+
     def __init__(self, memory: Memory, plan: Plan) -> None:
         self._memory = memory
         self._plan = plan
@@ -65,10 +69,18 @@ class DeviceSlot:
         """Of the bytes as they are now."""
         return bucket_sum(self._memory.data, bucket)
 
-    def source(self) -> DeviceMemory:
-        """Where engines find the bytes."""
+    @property
+    def path(self) -> str:
+        """What errors call it."""
+        return f"memory of GPU {self._memory.device}"
+
+    def source(self, sums: Sequence[int]) -> DeviceMemory:
+        """Where engines find the bytes, of which `fill` returned `sums`."""
         return DeviceMemory(
-            device=self._memory.device, handle=self._memory.handle, allocation_bytes=self._plan.total_bytes
+            device=self._memory.device,
+            handle=self._memory.handle,
+            allocation_bytes=self._plan.total_bytes,
+            sums=tuple(sums),
         )
 
     def retire(self) -> None:
@@ -98,6 +110,15 @@ class DeviceSlots:
             self.close()
             raise
         logger.info("versions in device memory slots=%d bytes_each=%d", count, plan.total_bytes)
+
+    @property
+    def count(self) -> int:
+        return len(self._slots)
+
+    @property
+    def oldest(self) -> DeviceSlot:
+        """That which `next()` returns."""
+        return self._slots[self._next]
 
     def next(self) -> DeviceSlot:
         """The allocation to write the next version into: with one, that of the last committed version."""

@@ -46,14 +46,12 @@ class DeviceVersion:
         source = offer.source
         if not isinstance(source, DeviceMemory):
             raise DeviceMemoryError(f"version {offer.version}: expected device memory, got {source}")
-        if source.allocation_bytes < offer.plan.total_bytes or len(offer.checksums) != len(
-            offer.plan.buckets
-        ):
+        if source.allocation_bytes < offer.plan.total_bytes or len(source.sums) != len(offer.plan.buckets):
             raise DeviceMemoryError(
                 f"version {offer.version}: expected {offer.plan.total_bytes} bytes and {len(offer.plan.buckets)} sums by the "
-                f"plan, got {source.allocation_bytes} and {len(offer.checksums)}"
+                f"plan, got {source.allocation_bytes} and {len(source.sums)}"
             )
-        self._offer = offer
+        self._offer, self._sums = offer, source.sums
         self._where = f"memory of GPU {source.device}"
         self._stack = contextlib.ExitStack()
         self.data = self._stack.enter_context(open_memory(source, device))
@@ -61,7 +59,7 @@ class DeviceVersion:
 
     def verify(self) -> None:
         """One pass over the bytes, on the device. Raises `ChecksumError` for the first bucket that is not what was written."""
-        for bucket, expected in zip(self._offer.plan.buckets, self._offer.checksums, strict=True):
+        for bucket, expected in zip(self._offer.plan.buckets, self._sums, strict=True):
             got = bucket_sum(self.data, bucket)
             if got != expected:
                 raise ChecksumError(self._offer.version, bucket.index, expected, got, self._where)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from asyncrl.weight_sync.errors import GroupBroken
 
@@ -47,12 +49,12 @@ def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def serve_store(host: str) -> tuple[dist.TCPStore, str]:
+def serve_store(host: str) -> tuple[TCPStore, str]:
     """A store of this process, on a free port of `host` alone, and its `host:port`. Served by a thread of torch's until it is
     deleted."""
     listening = socket.create_server((host, 0), backlog=1024)
     port: int = listening.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         host,
         port,
         is_master=True,
@@ -63,11 +65,11 @@ def serve_store(host: str) -> tuple[dist.TCPStore, str]:
     return store, f"{host}:{port}"
 
 
-def connect_store(address: str) -> dist.TCPStore:
+def connect_store(address: str) -> TCPStore:
     """A connection to the store at `host:port`. Blocks, up to a few times `STORE_S`. Raises `GroupBroken`."""
     host, _, port = address.rpartition(":")
     try:
-        return dist.TCPStore(
+        return TCPStore(
             host,
             int(port),
             is_master=False,
@@ -94,7 +96,7 @@ class PeerGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         name: str,
         rank: int,
         size: int,
@@ -107,7 +109,7 @@ class PeerGroup:
         self._device = device
         self._works: deque[dist.Work] = deque(maxlen=2)
         """The last ones: whoever uses the group has no more under way."""
-        prefixed = dist.PrefixStore(name, store)
+        prefixed = PrefixStore(name, store)
         make = _gloo if device.type == "cpu" else _nccl
         try:
             self._group: Any = make(
@@ -165,17 +167,18 @@ def own_address(peer: str) -> str:
 
 
 def _gloo(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout: datetime.timedelta, address: str
+    store: Store, rank: int, size: int, device: torch.device, timeout: datetime.timedelta, address: str
 ) -> Any:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timeout
     options._threads = 2  # one for each broadcast that may be under way
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
 def _nccl(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout: datetime.timedelta, address: str
+    store: Store, rank: int, size: int, device: torch.device, timeout: datetime.timedelta, address: str
 ) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     # Far off: a broadcast that takes too long is given up here, by who waits for it, and not by the watchdog.
@@ -204,4 +207,6 @@ def _free(group: Any, works: list[dist.Work]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+    """What torch says, without the place in its sources and its advice."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(" This is typically")[0]

@@ -29,15 +29,18 @@ import torch
 
 from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.config import WeightSyncConfig
+from asyncrl.weight_sync.device_memory import DeviceSlot, DeviceSlots
 from asyncrl.weight_sync.errors import SyncAborted, WeightSyncError
 from asyncrl.weight_sync.exchange import Exchange
 from asyncrl.weight_sync.hosts import this_host
 from asyncrl.weight_sync.members import Members
 from asyncrl.weight_sync.plan import Bucket, Plan
 from asyncrl.weight_sync.probe import Difference, Probe
+from asyncrl.weight_sync.ranks import Alone, Ranks
 from asyncrl.weight_sync.report import SyncReport, TransactionReport
 from asyncrl.weight_sync.served import ServedVersions
 from asyncrl.weight_sync.settling import sync_report
+from asyncrl.weight_sync.share import Begun, Written, gather_checksums, tell
 from asyncrl.weight_sync.shm import SLOTS
 from asyncrl.weight_sync.slots import Slots
 from asyncrl.weight_sync.sockets import Secure
@@ -70,13 +73,22 @@ class Publisher:
         secure: Secure | None = None,
         *,
         slots: int = SLOTS,
+        device: DeviceSlots | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Takes `slots` (2 or more) times the plan's bytes of shared memory and binds a free port. Raises `SharedMemoryError`."""
+        """Takes `slots` (2 or more) times the plan's bytes of shared memory and binds a free port. With `device`, which it closes,
+        versions are in the memory of a GPU and nowhere else, for engines on that GPU. `ranks`: the learner's, where each of
+        them writes its share of the plan; on the others it is a `ShareWriter` that does. Raises `SharedMemoryError`."""
         self.version = -1
         """The last committed one."""
         self._timeout_s = config.timeout_s
         self._plan = plan
-        self._slots = Slots(run_id, plan, slots)
+        self._ranks: Ranks = ranks if ranks is not None and plan.senders > 1 else Alone()
+        if plan.senders != self._ranks.size:
+            raise WeightSyncError(
+                f"expected a rank for each of {plan.senders} senders, got {self._ranks.size}"
+            )
+        self._slots: Slots | DeviceSlots = device or Slots(run_id, plan, slots)
         try:
             self._members = Members(host, secure)
         except BaseException:
@@ -112,7 +124,16 @@ class Publisher:
         self._members.wait_for(engine_ids, timeout_s)
 
     def begin(self, version: int) -> None:
-        """Start writing `version`, which must be above the last committed one. The time of the sync runs from here."""
+        """Start writing `version`, which must be above the last committed one. The time of the sync runs from here. Where every
+        rank writes its share, this and `commit` are collectives."""
+        try:
+            self._draft = self._begin(version)
+        except Exception as error:
+            tell(self._ranks, Begun(version=version, error=str(error)))
+            raise
+        tell(self._ranks, Begun(version=version, path=str(self._draft.slot.path), host=self._place.host))
+
+    def _begin(self, version: int) -> Version:
         if self._closed:
             raise WeightSyncError(f"version {version}: the publisher is closed")
         if self._draft is not None:
@@ -123,7 +144,10 @@ class Publisher:
             raise WeightSyncError(f"version {version}: expected one above {self.version}, the last committed")
         self._make_room(version)
         self._served.free(self._slots.oldest)
-        self._draft = Version(version, self._slots.next(), self._plan)
+        draft = Version(version, self._slots.next(), self._plan)
+        if self._live is not None and self._live.slot is draft.slot:
+            self._live = None  # the only slot: who joins waits for the commit
+        return draft
 
     def write(self, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> None:
         """Copy one bucket into shared memory: a flat tensor for each of its pieces, from any device, cast to the wire dtype on
@@ -142,8 +166,7 @@ class Publisher:
         since, `ProbeMismatch` (live, but not right) if engines failed the probe and none is left that runs it, or
         `WeightSyncError` if buckets are missing.
         """
-        draft = self._begun("commit")
-        draft.check_complete()
+        draft = self._written()
         self._draft, draft.probe = None, probe
         self._members.take_in()
         report, exchange = self._send(draft, self._members.roster.versions, draft.started, never)
@@ -184,6 +207,14 @@ class Publisher:
     def _make_room(self, version: int) -> None:
         """Nobody reads what is to be written over: who took part in the last sync is at rest, or has its bytes to itself."""
 
+    def _written(self) -> Version:
+        """The version that is begun, with every rank's share of it. A collective. Raises `WeightSyncError` if some is missing."""
+        draft = self._begun("commit")
+        own = Written(checksums=dict(enumerate(draft.checksums)))
+        draft.complete(gather_checksums(self._ranks, draft.number, own))
+        draft.check_complete()
+        return draft
+
     def _begun(self, what: str) -> Version:
         if self._draft is None:
             raise WeightSyncError(f"{what}: no version is begun; call begin(version) first")
@@ -191,6 +222,8 @@ class Publisher:
 
     def _source(self, version: Version, engine_id: str) -> Source:
         """Where this engine gets the version's bytes."""
+        if isinstance(version.slot, DeviceSlot):
+            return version.slot.source(version.checksums)
         engine = Place(host=self._members.roster.joins[engine_id].host)
         pulled = pulled_by(self._place, engine) if self._transport == "auto" else self._transport
         if pulled == "tcp":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from typing import Any
 
 import msgspec
@@ -106,7 +107,8 @@ class _Fetch:
 
     def __init__(self, memory: MemoryFile, offer: Offer, base: Offer | None) -> None:
         known = (base.version, version_digest(base.checksums)) if base is not None else None
-        self.pull = Pull(offer.plan, offer.checksums, offer.version, known)
+        # What a fetch that was called off asked for is still answered, on this engine's next connection.
+        self.pull = Pull(offer.plan, offer.checksums, offer.version, known, secrets.randbits(62))
         self.connected = 0
         """How often the connection was made."""
         self._memory = memory
@@ -118,6 +120,8 @@ class _Fetch:
     def take(self, answer: chunks.Answer, body: memoryview) -> int | None:
         """Put what came in its place; a bucket that is complete by that, to be settled."""
         if isinstance(answer, chunks.Refused):
+            if not self.pull.is_open(answer.question):
+                return None
             raise WeightSyncError(
                 f"version {self._offer.version}: the learner's chunk server refused: {answer.reason}"
             )

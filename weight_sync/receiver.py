@@ -218,9 +218,9 @@ class Receiver:
         else:
             late = TimeoutError(f"staging version {command.offer.version} took over {command.timeout_s:g} s")
             error = (task.exception() if done else None) or late
-            text = "".join(traceback.format_exception(error))
-            logger.error("engine=%s version=%d not staged: %s", self._engine_id, command.offer.version, text)
             cut = isinstance(error, GroupBroken)
+            text = str(error) if cut else "".join(traceback.format_exception(error))
+            logger.error("engine=%s version=%d not staged: %s", self._engine_id, command.offer.version, text)
             self._answer = wire.Failed(attempt=command.attempt, error=text, cut=cut)
         await socket.send(wire.encode(self._answer))
 

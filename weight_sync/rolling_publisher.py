@@ -17,6 +17,7 @@ Called as `Publisher` is.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
@@ -27,10 +28,12 @@ import torch
 
 from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.config import WeightSyncConfig
+from asyncrl.weight_sync.device_memory import DeviceSlots
 from asyncrl.weight_sync.errors import ProbeMismatch, WeightSyncError
 from asyncrl.weight_sync.plan import Bucket, Plan
 from asyncrl.weight_sync.probe import Difference, Probe, largest_difference
 from asyncrl.weight_sync.publisher import STAGING_SHARE, Publisher, never
+from asyncrl.weight_sync.ranks import Ranks
 from asyncrl.weight_sync.report import SyncReport
 from asyncrl.weight_sync.rolling import Rolling
 from asyncrl.weight_sync.rolling_exchange import LOOK_S, Ended, RollingExchange
@@ -55,15 +58,24 @@ class RollingPublisher(Publisher):
         secure: Secure | None = None,
         *,
         max_lag_versions: int,
+        device: DeviceSlots | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`max_lag_versions`: 1 or more. Takes `max(2, max_lag_versions)` times the plan's bytes of shared memory. Raises
-        `SharedMemoryError`, `ValueError`."""
-        super().__init__(config, run_id, plan, host, secure, slots=max(2, max_lag_versions))
+        """`max_lag_versions`: 1 or more. Takes `max(2, max_lag_versions)` times the plan's bytes of shared memory; or `device`, of
+        two allocations: see `Publisher`. Raises `SharedMemoryError`, `ValueError`."""
+        if device is not None and device.count < 2:
+            raise ValueError(
+                "max_lag_versions: expected 0 where the GPU has room for one version only, as the one before is gone when the next "
+                f"is begun; got {max_lag_versions}"
+            )
         self._rolling = Rolling(
             max_lag_versions,
             stage_s=STAGING_SHARE * config.timeout_s,
             apply_s=(1 - STAGING_SHARE) * config.timeout_s,
-            attempts=iter(self._members.next_attempt, -1),
+            attempts=itertools.count(1),
+        )
+        super().__init__(
+            config, run_id, plan, host, secure, slots=max(2, max_lag_versions), device=device, ranks=ranks
         )
         self._exchange = RollingExchange(self._members, self._rolling, self, self._note)
         self._held: dict[int, Version] = {}
@@ -83,8 +95,7 @@ class RollingPublisher(Publisher):
 
         Raises `WeightSyncError` if buckets are missing.
         """
-        draft = self._begun("commit")
-        draft.check_complete()
+        draft = self._written()
         self._draft, draft.probe = None, probe
         self._make_live(draft)
         self._held[draft.number] = draft

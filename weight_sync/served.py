@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from asyncrl.weight_sync.device_memory import DeviceSlot
 from asyncrl.weight_sync.plan import Plan
 from asyncrl.weight_sync.serving import ChunkServer
 from asyncrl.weight_sync.slots import Slot
@@ -38,12 +39,13 @@ class ServedVersions:
         if self._open.get(version.number) is not version:
             if version.number in self._open:  # an attempt that was aborted
                 self._close_version(self._open[version.number])
+            assert isinstance(version.slot, Slot)
             self._server.open(version.number, version.slot.view, self._plan, version.checksums)
             self._open[version.number] = version
         self._server.check()
         return Served(endpoint=self._server.endpoint, base=self._server.base_of(version.number))
 
-    def free(self, slot: Slot) -> None:
+    def free(self, slot: Slot | DeviceSlot) -> None:
         """`slot` is to be written again."""
         for version in [each for each in self._open.values() if each.slot is slot]:
             self._close_version(version)

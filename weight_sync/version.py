@@ -5,22 +5,23 @@ publisher, for the version that is being written and for the one that is live.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from asyncrl.weight_sync.checksum import version_digest
+from asyncrl.weight_sync.device_memory import DeviceSlot
 from asyncrl.weight_sync.errors import WeightSyncError
 from asyncrl.weight_sync.plan import Bucket, Plan
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.slots import Slot
-from asyncrl.weight_sync.wire import Offer, Source
+from asyncrl.weight_sync.wire import DeviceMemory, Offer, Source
 
 
 class Version:
     """Buckets are written once each, in the plan's order; then it can be offered, as often as engines come."""
 
-    def __init__(self, number: int, slot: Slot, plan: Plan) -> None:
+    def __init__(self, number: int, slot: Slot | DeviceSlot, plan: Plan) -> None:
         self.number = number
         self.slot = slot
         self.started = time.monotonic()
@@ -42,10 +43,16 @@ class Version:
         self._checksums.append(self.slot.fill(bucket, pieces))
         self.write_s += time.monotonic() - started
 
+    def complete(self, checksums: Mapping[int, int]) -> None:
+        """Take over from the other ranks what they wrote of it, after this one's part: bucket -> checksum."""
+        missing = self._plan.buckets[len(self._checksums) :]
+        self._checksums += [checksums[each.index] for each in missing if each.index in checksums]
+
     def offer(self, source: Source) -> Offer:
         """Of these bytes, to be had from `source`. Raises `WeightSyncError` if buckets are missing."""
         self.check_complete()
-        return Offer(version=self.number, source=source, plan=self._plan, checksums=tuple(self._checksums))
+        checksums = () if isinstance(source, DeviceMemory) else tuple(self._checksums)
+        return Offer(version=self.number, source=source, plan=self._plan, checksums=checksums)
 
     @property
     def checksums(self) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def fit_of(model: nn.Module, plan: Plan, tied: Callable[[str], bool]) -> Fit:
                 return Fit(refused=refused)
         lacking = {}
         for name, tensor in parameters.items():
-            size = get_tensor_load_numel(tensor)  # type: ignore[no-untyped-call]
+            size = get_tensor_load_numel(tensor)
             missing = size - counter.filled[_memory(tensor)]
             if missing > 0:
                 lacking[name] = (missing, size)
@@ -70,11 +70,11 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is copied into the model's tensors, and copies nothing."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.filled: Counter[int] = Counter()
         """Memory of a parameter -> its elements that were written."""
         self.taken: Counter[str] = Counter()
@@ -118,7 +118,7 @@ def _without_memory(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             info = get_layerwise_info(layer)
-            info.kernel_tensors = get_layer_params_buffers(layer)  # type: ignore[no-untyped-call]
+            info.kernel_tensors = get_layer_params_buffers(layer)
             info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
             taken.append(layer)
             restore_layer_on_meta(layer, info)
@@ -137,4 +137,4 @@ def _is_made_by_attention(model: nn.Module, name: str) -> bool:
 
 def _memory(tensor: torch.Tensor) -> int:
     """The same for all views of one memory, also where there is none behind it."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

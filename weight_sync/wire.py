@@ -57,6 +57,8 @@ class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True, tag="ipc"):
     handle: bytes
     """CUDA IPC handle of the allocation (`cuda_memory`)."""
     allocation_bytes: int
+    sums: tuple[int, ...]
+    """Of each bucket's bytes, as a device can make it: `device_sum.bucket_sum`."""
 
 
 Source = SharedFile | Served | Group | DeviceMemory
@@ -69,8 +71,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     source: Source
     plan: Plan
     checksums: tuple[int, ...]
-    """Of each bucket's bytes, 64 bits, unsigned: `device_sum.bucket_sum` for `DeviceMemory`, xxh3_64 for the others; empty where
-    they come with the buckets (`Group`)."""
+    """xxh3_64 of each bucket's bytes; empty where they come with the buckets (`Group`), or the source has sums of its own
+    (`DeviceMemory`)."""
 
 
 class Propose(msgspec.Struct, frozen=True, kw_only=True, tag="propose"):

@@ -3,7 +3,6 @@ between two steps, with the same promises as whole weights (`test_engine`). One 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -115,24 +114,11 @@ def test_each_version_is_its_adapter_on_the_base(world: AdapterWorld) -> None:
 def test_a_stream_goes_on_across_an_adapter(world: AdapterWorld) -> None:
     """Old tokens are the old adapter's under the old version; new ones come of the new adapter, over the old KV cache."""
     world.run(world.publish("one"))
-    old = world.version
-
-    async def spanning() -> None:
-        requests = [world.request(tokens=[index, 3, 4], n=300) for index in range(8)]
-        tasks = [asyncio.create_task(world.answer(request)) for request in requests]
-        await asyncio.sleep(0.3)
-        await world.publish("two")
-        for request, task in zip(requests, tasks, strict=True):
-            answer = await task
-            kept = answer.versions.count(old)
-            assert 0 < kept < 300, "the update missed the stream: both versions must be seen"
-            assert answer.versions == [old] * kept + [old + 1] * (300 - kept)
-            expected = world.reference("one", request.tokens + answer.tokens)[2:302]
-            assert answer.logprobs[:kept] == pytest.approx(expected[:kept], abs=TOLERANCE)
-            later = zip(answer.logprobs[kept:], expected[kept:], strict=True)
-            assert max(abs(a - b) for a, b in later) > 0.1  # they are not the old adapter's
-
-    world.run(spanning())
+    for request, answer, kept in world.run(world.across_an_update("two", after_s=0.3)):
+        expected = world.reference("one", request.tokens + answer.tokens)[2:302]
+        assert answer.logprobs[:kept] == pytest.approx(expected[:kept], abs=TOLERANCE)
+        later = zip(answer.logprobs[kept:], expected[kept:], strict=True)
+        assert max(abs(a - b) for a, b in later) > 0.1  # they are not the old adapter's
 
 
 def test_new_requests_never_read_the_kv_of_an_older_adapter(world: AdapterWorld) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from engine_worlds import VLLMWorld
 from host_memory import HostMemory
@@ -27,7 +28,7 @@ class DeviceWorld(VLLMWorld):
         plan, slot = self.offers.plan, slots.next()
         sums = tuple(slot.fill(bucket, cut(plan, bucket, self.weights[kind])) for bucket in plan.buckets)
         slots.committed()
-        return Offer(version=self.version + 1, source=slot.source(), plan=plan, checksums=sums)
+        return Offer(version=self.version + 1, source=slot.source(sums), plan=plan, checksums=())
 
     async def take(self, offer: Offer) -> None:
         await self.engine.stage(offer)
@@ -81,8 +82,8 @@ def test_a_flipped_byte_leaves_the_old_version_live(world: DeviceWorld, slots: D
 def test_what_leads_nowhere_is_refused(world: DeviceWorld, slots: DeviceSlots) -> None:
     offer = world.write("other", slots)
     assert isinstance(offer.source, DeviceMemory)
-    small = DeviceMemory(device=offer.source.device, handle=offer.source.handle, allocation_bytes=64)
-    wrong = Offer(version=offer.version, source=small, plan=offer.plan, checksums=offer.checksums)
+    small = msgspec.structs.replace(offer.source, allocation_bytes=64)
+    wrong = msgspec.structs.replace(offer, source=small)
     with pytest.raises(DeviceMemoryError, match=r"expected \d+ bytes and \d+ sums by the plan, got 64"):
         world.run(world.engine.stage(wrong))
     world.run(world.take(offer))

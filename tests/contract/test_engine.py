@@ -225,21 +225,9 @@ def test_a_stream_goes_on_across_an_update(world: World) -> None:
 
 def test_old_tokens_of_streams_in_flight_are_the_old_models(vllm: VLLMWorld) -> None:
     vllm.run(vllm.publish("random"))
-    old = vllm.version
-
-    async def spanning() -> None:
-        requests = [vllm.request(tokens=[index, 3, 4], n=300) for index in range(8)]
-        tasks = [asyncio.create_task(vllm.answer(request)) for request in requests]
-        await asyncio.sleep(0.1)
-        await vllm.publish("other")
-        for request, task in zip(requests, tasks, strict=True):
-            answer = await task
-            kept = answer.versions.count(old)
-            assert 0 < kept < 300, "the update missed the stream: both versions must be seen"
-            expected = vllm.reference("random", request.tokens + answer.tokens)[2 : 2 + kept]
-            assert answer.logprobs[:kept] == pytest.approx(expected.tolist(), abs=TOLERANCE)
-
-    vllm.run(spanning())
+    for request, answer, kept in vllm.run(vllm.across_an_update("other", after_s=0.1)):
+        expected = vllm.reference("random", request.tokens + answer.tokens)[2 : 2 + kept]
+        assert answer.logprobs[:kept] == pytest.approx(expected.tolist(), abs=TOLERANCE)
 
 
 def test_new_requests_never_read_the_kv_of_older_weights(vllm: VLLMWorld) -> None:
@@ -315,6 +303,7 @@ def test_stall_is_counted(world: World) -> None:
 
 def test_kv_use_is_seen(world: World) -> None:
     async def watched() -> None:
+        await world.publish("random")
         stream = aiter(world.engine.generate(world.request(n=300)))
         for _ in range(20):
             await anext(stream)

@@ -14,9 +14,11 @@ from asyncrl.learner.tiny_model import character_tokenizer, new_model
 SCRIPT = textwrap.dedent(
     """
     import json, os, sys, time
+    from functools import partial
     from pathlib import Path
     from buffers import buffer_service
     from engine_threads import Engines
+    from asyncrl.buffer.keys import make_keys, secure_client
     from asyncrl.recipes import load_recipe
     from asyncrl.runtime.learner_part import LearnerPart
     from asyncrl.runtime.placement import free_port
@@ -24,7 +26,8 @@ SCRIPT = textwrap.dedent(
     folder = Path(sys.argv[1])
     recipe = load_recipe(folder / "recipe.toml", [])
     part = LearnerPart(recipe, str(folder), 0, f"127.0.0.1:{free_port('127.0.0.1')}", f"test-{os.getpid()}", "127.0.0.1")
-    engines = Engines(part.start())
+    _, keys = make_keys(folder / "keys")
+    engines = Engines(part.start(), partial(secure_client, keys=keys))
     with buffer_service(folder) as (buffer, _):
         part.meet(buffer.address)
         seen = [sorted(part.publish(0).engines)]

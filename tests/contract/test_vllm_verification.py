@@ -171,3 +171,32 @@ def test_a_stale_packed_head_is_caught_before_it_is_heard(world, stale):
 
     with opened(world.weights["other"]) as publisher:
         world.run(scenario())
+
+
+@pytest.fixture
+def halved(tmp_path: Path) -> Iterator[engine_worlds.VLLMWorld]:
+    made = engine_worlds.VLLMWorld(tmp_path / "model", tied=True, dtype="bfloat16")
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def test_float32_masters_are_cast_before_they_are_sent_to_a_bfloat16_engine(halved):
+    """Half the bytes travel, and the engine computes with the masters rounded once: as a model of these weights does, but for
+    sums and activations in 8 bits of mantissa."""
+    masters = halved.weights["other"]
+    example = {name: weight.bfloat16() for name, weight in masters.items()}
+    with Offers(f"test-{uuid.uuid4().hex[:12]}", example) as offers:
+        assert offers.plan.total_bytes < 0.51 * halved.offers.plan.total_bytes
+        offer = offers.write(0, masters)
+        halved.run(halved.engine.stage(offer))
+        halved.run(halved.engine.apply(offer))
+    got = torch.tensor(halved.run(halved.engine.probe(PROBE)))
+    model = halved.models["other"]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+    assert (got - halved.reference("other", PROBE)).abs().max() < 0.15
+    assert (got - halved.reference("random", PROBE)).abs().max() > 0.5

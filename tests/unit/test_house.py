@@ -91,6 +91,8 @@ PURE = (
     "weight_sync/float8.py",
     "weight_sync/verification.py",
     "weight_sync/topology.py",
+    "weight_sync/chunks.py",
+    "weight_sync/delta.py",
 )
 IMPURE = {"torch", "zmq", "time", "socket", "asyncio", "os", "random", "ray", "vllm"}
 

@@ -5,6 +5,7 @@ Ray's own part (rooms, real deaths) is in tests/e2e; here every schedule is exac
 
 import asyncio
 import functools
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.runtime.watch import PartFailed, Watch
 
 ROOT = Path(__file__).resolve().parents[3]
+ADDRESS = types.SimpleNamespace(keys="the run's")
 ANSWER = functools.partial(
     HeldOutAnswer, reward=1.0, tokens=1, truncated=False, oldest_version=0, newest_version=0
 )
@@ -75,8 +77,8 @@ class Actor:
         await self._or_end(asyncio.sleep(self.script.start_s))
         return "here (abc)"
 
-    async def do_join(self, endpoint, timeout_s):
-        assert endpoint == "tcp://learner:1"
+    async def do_join(self, endpoint, keys, timeout_s):
+        assert (endpoint, keys) == ("tcp://learner:1", "the run's")
         await self._or_end(asyncio.sleep(0))
         return 0
 
@@ -167,7 +169,7 @@ class World:
         monkeypatch.setattr(deaths, "FIRST_WAIT_S", self.again_s)
         monkeypatch.setattr(engine_keeper, "_LOOK_S", 0.01)
         self.watch = Watch(folder, asyncio.Event())
-        self.fleet = fleet.Fleet(self.recipe, "folder", "run", self.watch, self, None, self.notes.append)
+        self.fleet = fleet.Fleet(self.recipe, "folder", "run", self.watch, self, ADDRESS, self.notes.append)
         self.fleet.endpoint.set_result("tcp://learner:1")
 
     async def engine_lost(self, engine_id, *, for_good):

@@ -38,6 +38,7 @@ def engine(index, pool="big", **changes):
         "slots": 32,
         "tokens_per_s": 1150.4,
         "kv_used_fraction": 0.62,
+        "weights": "9c1f6b0e44d2a7e3",
         "node": "10.0.0.4",
     }
     return EngineFacts(**(facts | changes))
@@ -50,14 +51,16 @@ def run(**changes):
         "step": 38,
         "steps": 60,
         "version": 38,
+        "weights": {37: "07ab58c3e9d1f264", 38: "9c1f6b0e44d2a7e3"},
         "engines": [
             engine(0),
-            engine(1, state="updating", version=37, preemptions=12, deaths=1),
+            engine(1, state="updating", version=37, weights="07ab58c3e9d1f264", preemptions=12, deaths=1),
             engine(
                 0,
                 "small",
                 state="restarting",
                 version=-1,
+                weights="",
                 slots_used=0,
                 slots=0,
                 tokens_per_s=0.0,
@@ -116,7 +119,7 @@ WIDE = """\
 learner waits for rollouts 41 %: generation is the bottleneck
 
 run       sums  running, training  1:02:28 since 2025-10-09 08:53:20 UTC
-step      38/60  63 %  version 38
+step      38/60  63 %  version 38  weights 9c1f6b0e44d2a7e3
 learner   waiting for rollouts  tokens/s 4,200
 engines   3  slots 60/64  tokens/s 2,301
 buffer    queued 96  leased 60  complete 2  scored 88  batched 128  groups held 40/48  memory 1.5 MiB of 2.0 GiB
@@ -127,16 +130,16 @@ pool   state    engines  slots per engine
 big    serving      2/2                32
 small  short        0/1              auto  small-0 is started again in 4 s
 
-engine   state       version  slots  tokens/s   KV  preempted  deaths  node
-big-0    serving          38  30/32     1,150  62%          0       0  10.0.0.4
-big-1    updating         37  30/32     1,150  62%         12       1  10.0.0.4
-small-0  restarting     none    0/0         0    -          0       2  10.0.0.7  died: exit code -9, started again in 4 s
+engine   state       version  slots  tokens/s   KV  preempted  deaths  weights           node
+big-0    serving          38  30/32     1,150  62%          0       0  9c1f6b0e44d2a7e3  10.0.0.4
+big-1    updating         37  30/32     1,150  62%         12       1  07ab58c3e9d1f264  10.0.0.4
+small-0  restarting     none    0/0         0    -          0       2                    10.0.0.7  died: exit code -9, started again in 4 s
 """
 NARROW = """\
 learner waits for rollouts 41 %: generation is the bottleneck
 
 run       sums  running, training  1:02:28 since 2025-10-09 08:53:20 UTC
-step      38/60  63 %  version 38
+step      38/60  63 %  version 38  weights 9c1f6b0e44d2a7e3
 learner   waiting for rollouts  tokens/s 4,200
 engines   3  slots 60/64  tokens/s 2,301
 buffer    queued 96  leased 60  complete 2  scored 88  batched 128  groups held
@@ -211,9 +214,23 @@ def test_what_nobody_has_gets_no_column():
     assert not any(word in text for word in ("KV", "preempted", "deaths", "node"))
 
 
+def test_an_engine_with_other_weights_is_told_of():
+    other = engine(2, weights="0000000000000001")
+    said = "NOT THE LEARNER'S WEIGHTS: version 38 is 9c1f6b0e44d2a7e3, it loaded 0000000000000001"
+    for lines in (
+        drawn(run(engines=[engine(0), other]), 230),
+        drawn(run(engines=[engine(0), other]), 160, 1),
+    ):
+        assert [line for line in lines if "NOT THE" in line] == [line for line in lines if said in line] != []
+    unknown = [engine(0, weights=""), engine(1, version=3, weights="0000000000000002")]
+    assert not any("NOT THE" in line for line in drawn(run(engines=unknown), 230))
+
+
 def test_what_a_run_says_cannot_act_on_the_terminal():
     evil = "\x1b[2J\x1b]0;x\x07[bold]\nnext"
-    status = run(engines=[engine(0, reason=evil, node=evil, waits_for=evil)], pools=[], phase=evil)
+    status = run(
+        engines=[engine(0, reason=evil, node=evil, waits_for=evil, weights=evil)], pools=[], phase=evil
+    )
     status = msgspec.structs.replace(status, who_waits=evil, name=evil)
     text = "\n".join(drawn(status, 140) + drawn(status, 60))
     assert "\x1b" not in text and "\x07" not in text and "\\x1b[2J" in text and "[bold]" in text
@@ -235,6 +252,7 @@ engines = st.builds(
     reason=texts,
     waits_for=texts,
     node=st.text("0123456789.", max_size=15),
+    weights=st.just("") | st.text("0123456789abcdef", min_size=16, max_size=16),
 )
 
 

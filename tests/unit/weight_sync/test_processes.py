@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from engine_processes import EngineProcess
 
 from asyncrl.generators.fake_speech import probe_logprobs, weights_digest
 from asyncrl.weight_sync.config import WeightSyncConfig
@@ -26,40 +21,6 @@ from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.shm import slot_path
 
 PLAN = make_plan([(f"layer.{i}", "bfloat16", (64, 33)) for i in range(20)], 16 * 1024)
-SCRIPT = Path(__file__).with_name("engine_process.py")
-
-
-class EngineProcess:
-    """One engine process and the lines it has printed."""
-
-    def __init__(self, endpoint: str, engine_id: str, *faults: dict[str, object]) -> None:
-        self.engine_id = engine_id
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), endpoint, engine_id, json.dumps(faults)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONSAFEPATH": "1"},
-        )
-
-    def versions(self, count: int) -> list[tuple[int, str]]:
-        """The first `count` versions it ran and its probe's answers. A silent process is killed, which ends the wait."""
-        watchdog = threading.Timer(30, self.process.kill)
-        watchdog.start()
-        try:
-            lines = [self.process.stdout.readline() for _ in range(count + 1)]
-        finally:
-            watchdog.cancel()
-        return [(int(line.split()[1]), line.split(" probe ")[1]) for line in lines[1:]]
-
-    def ended(self) -> tuple[str, str]:
-        """stdout and stderr, after the process has ended by itself."""
-        return self.process.communicate(timeout=30)
-
-    def kill(self) -> tuple[str, str]:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        return ("", "") if self.process.stdout.closed else self.process.communicate(timeout=30)
 
 
 class Fleet:

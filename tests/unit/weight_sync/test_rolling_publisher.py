@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import random
+import subprocess
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,9 +113,9 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(max_lag: int = 2, timeout_s: float = 10.0) -> Iterator[Fleet]:
+def fleet(max_lag: int = 2, timeout_s: float = 10.0, transport: str = "auto") -> Iterator[Fleet]:
     run_id = f"test-{uuid.uuid4().hex[:12]}"
-    config = WeightSyncConfig(timeout_s=timeout_s)
+    config = WeightSyncConfig(timeout_s=timeout_s, transport=transport)
     with RollingPublisher(config, run_id, PLAN, max_lag_versions=max_lag) as publisher:
         made = Fleet(publisher)
         try:
@@ -250,6 +256,26 @@ def test_who_just_comes_holds_nobody_up_until_it_has_been_overtaken_as_often_as_
         assert list(late.applied) == [1]
 
 
+def test_bytes_that_a_joiner_was_told_not_to_stage_any_more_stay_as_they_are():
+    """It may read them until it has staged what it was offered instead; nobody waits for that."""
+    with fleet(max_lag=2) as run:
+        run.publish(0)
+        run.start("late", stage_s=BEAT_S)
+        run.publish(1)
+        held = run.publisher._held[0].slot
+        inode = held.path.stat().st_ino
+        assert run.publish(2).wait_s < BEAT_S / 2
+        assert held.path.stat().st_ino != inode
+        run.wait_for(2, "late")
+        with run.welcomer.paused():
+            assert not any(run.publisher._rolling.readers(version) for version in range(3))
+        inode = run.publisher._held[1].slot.path.stat().st_ino
+        run.publish(3)
+        assert run.publisher._held[3].slot.path.stat().st_ino == inode, (
+            "the memory of version 1 is used again"
+        )
+
+
 def probe_of(digest: int, error: float = 0.0) -> Probe:
     logprobs = [each + error for each in probe_logprobs(digest, TOKENS)]
     return Probe(tokens=TOKENS, logprobs=tuple(logprobs), tolerance=1e-6, every=True)
@@ -329,10 +355,41 @@ def test_the_learner_gets_the_publisher_at_once_while_engines_are_on_their_way()
         run.wait_for(0, "slow")
 
 
-@pytest.mark.parametrize("max_lag", [1, 2, 4])
-def test_versions_only_go_up_with_the_right_bytes_whatever_the_pace(max_lag):
+def test_an_engine_that_is_killed_holds_the_learner_only_until_that_is_noticed():
+    with fleet(max_lag=1, timeout_s=30.0) as run:
+        good = run.start("good")
+        script = Path(__file__).with_name("engine_process.py")
+        faults = json.dumps([{"kind": "hang", "where": "stage", "at": 1}])
+        doomed = subprocess.Popen(
+            [sys.executable, str(script), run.publisher.endpoint, "doomed", faults],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )
+        try:
+            with run.welcomer.paused():
+                run.publisher.wait_for_engines({"doomed"}, timeout_s=60)
+            run.publish(0)
+            run.wait_for_reports(2)
+            run.publish(1)
+            threading.Timer(0.5, doomed.kill).start()
+            report = run.publish(2)
+            assert 0.2 < report.wait_s < 10
+            run.wait_for(2, "good")
+            (lost,) = [r for r in run.wait_for_reports(5) if r.out_of_service]
+            assert lost.engines["doomed"].outcome == "lost" and lost.version == 1
+            assert "connection is gone" in lost.out_of_service["doomed"]
+            run.check(good)
+        finally:
+            doomed.kill()
+            doomed.wait(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("max_lag", "transport"), [(1, "shm"), (2, "shm"), (4, "shm"), (1, "tcp"), (3, "tcp")]
+)
+def test_versions_only_go_up_with_the_right_bytes_whatever_the_pace(max_lag, transport):
     draw = random.Random(max_lag)
-    with fleet(max_lag=max_lag) as run:
+    with fleet(max_lag=max_lag, transport=transport) as run:
         engines = {
             name: run.start(name, stage_s=draw.uniform(0, 0.03), apply_s=draw.uniform(0, 0.02))
             for name in "abc"
