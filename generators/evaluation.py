@@ -39,6 +39,8 @@ class Asking(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: int
     slots: int
     """Answers under way at once."""
+    version: int = 0
+    """An engine begins once it runs this version, or a later one."""
 
 
 class HeldOutAnswer(msgspec.Struct, frozen=True, kw_only=True):

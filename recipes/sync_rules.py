@@ -23,11 +23,7 @@ def lag_of(recipe: Recipe) -> int:
     """
     if recipe.weight_sync.max_lag_versions is not None:
         return recipe.weight_sync.max_lag_versions
-    together = (
-        recipe.weight_sync.transport == "collective"
-        or recipe.run.deterministic
-        or recipe.evaluation.one_version
-    )
+    together = recipe.weight_sync.transport == "collective" or recipe.run.deterministic
     return 1 if recipe.staleness.max_staleness_versions > 1 and not together else 0
 
 
@@ -56,12 +52,6 @@ def _lag(recipe: Recipe) -> Iterator[Broken]:
             path,
             str(lag),
             "must be 0, or left out, with run.deterministic: when an engine takes a version is chance",
-        )
-    if lag and recipe.evaluation.one_version:
-        yield (
-            path,
-            str(lag),
-            "must be 0, or left out, with evaluation.one_version: an engine may take the next version amid its answers",
         )
 
 

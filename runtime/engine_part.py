@@ -153,7 +153,9 @@ class EnginePart:
     async def evaluate(
         self, prompts: list[Prompt], asking: Asking, timeout_s: float
     ) -> list[list[HeldOutAnswer]]:
-        """The answers to each prompt; beside `dispatch` as well. Past its time nobody wants them, and it ends by itself."""
+        """The answers to each prompt; beside `dispatch` as well. Past its time nobody wants them, and it ends by itself.
+
+        Begins with the version that is asked for: an engine may be some versions behind the learner."""
         means = Means(
             engine=self._engine,
             scorer=self._scorer(),
@@ -163,6 +165,8 @@ class EnginePart:
         )
         try:
             async with asyncio.timeout(timeout_s):
+                if self._receiver is not None:
+                    await self._receiver.wait_for_version(asking.version, timeout_s)
                 answers = await evaluate(means, prompts, asking)
         except BaseExceptionGroup as group:
             raise first_fault(group) from group

@@ -97,7 +97,8 @@ class Evaluations:
         began = time.monotonic()
         self._observer.evaluating(step)
         try:
-            answers = await ask(fleet, self._prompts, self._config, self._answer_tokens, str(step))
+            version = self._observer.version
+            answers = await ask(fleet, self._prompts, self._config, self._answer_tokens, str(step), version)
             took_s = time.monotonic() - began
             found = evaluation_of(
                 self._config, answers, step=step, seconds=self._observer.seconds, took_s=took_s
@@ -108,9 +109,14 @@ class Evaluations:
 
 
 async def ask(
-    fleet: Fleet, prompts: list[Prompt], config: EvaluationConfig, max_new_tokens: int, label: str
+    fleet: Fleet,
+    prompts: list[Prompt],
+    config: EvaluationConfig,
+    max_new_tokens: int,
+    label: str,
+    version: int,
 ) -> list[list[HeldOutAnswer]]:
-    """The answers to each prompt. Waits for engines to be up; unblocked by their keepers. Raises PartFailed at the deadline,
+    """The answers to each prompt, by `version` or later ones. Waits for engines to be up; unblocked by their keepers. Raises PartFailed at the deadline,
     with what the last engine that was lost said, and at once for a mistake of the recipe."""
     found: dict[int, list[HeldOutAnswer]] = {}
     deadline, failure, rounds = time.monotonic() + config.timeout_s, None, 0
@@ -120,6 +126,7 @@ async def ask(
         temperature=config.temperature,
         max_new_tokens=max_new_tokens,
         slots=config.slots_per_engine,
+        version=version,
     )
     try:
         async with asyncio.timeout(config.timeout_s):

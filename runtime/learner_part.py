@@ -187,11 +187,6 @@ class LearnerPart:
             self._welcomes += self._welcomer.take_reports()
         return {name: why for report in self._welcomes for name, why in report.out_of_service.items()}
 
-    def catch_up(self) -> None:
-        """Returns when every engine has the present version, or is out of service."""
-        if self._welcomer is not None:
-            self._welcomer.catch_up(self._recipe.weight_sync.timeout_s)
-
     def train(self) -> StepOutcome | None:
         """One step on the batch that rank 0 read: train, publish, commit. A collective; the outcome is rank 0's."""
         start = time.monotonic()

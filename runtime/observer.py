@@ -85,6 +85,11 @@ class Observer:
     def note(self, text: str) -> None:
         self._view.note(text)
 
+    @property
+    def version(self) -> int:
+        """The learner's; 0 before the first."""
+        return max(self._version, 0)
+
     def evaluating(self, step: int = -1) -> None:
         """One is under way that began after so many steps; -1: none is."""
         self._held_out = msgspec.structs.replace(self._held_out, wanted=True, under_way_step=step)
@@ -101,9 +106,8 @@ class Observer:
         self._view.note(sentence(found))
 
     def evaluation_missed(self, step: int, reason: str) -> None:
-        version = max(self._version, 0)
         self._metrics.write(
-            facts.EvaluationMissed(seconds=self.seconds, step=step, version=version, reason=reason)
+            facts.EvaluationMissed(seconds=self.seconds, step=step, version=self.version, reason=reason)
         )
         self._view.note(f"no held-out evaluation at step {step}: {reason}")
 

@@ -170,7 +170,6 @@ class Supervisor:
         if self._evaluations.wanted:
             with self.observer.phase(facts.EVALUATION):
                 await self._evaluations.settle()
-                await self._ranks.first("catch_up", timeout_s=self.recipe.weight_sync.timeout_s + _CALL_S)
                 await self._evaluations.after(fleet, self.observer.steps_done)
 
     async def _train(self, client: BufferClient, fleet: Fleet) -> None:

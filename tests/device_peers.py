@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from host_memory import HostMemory, open_host_memory
 
+from asyncrl.weight_sync.collective_publisher import CollectivePublisher
+from asyncrl.weight_sync.config import WeightSyncConfig
 from asyncrl.weight_sync.cuda_memory import Allocation
 from asyncrl.weight_sync.device_memory import DeviceSlots
 from asyncrl.weight_sync.device_version import DeviceVersion, open_memory
@@ -162,3 +164,29 @@ def _broadcast(
         torch.cuda.synchronize()
     seconds = time.monotonic() - started
     return int(buffer[0]), int(buffer[-1]), int(buffer.sum(dtype=torch.int64)), seconds
+
+
+def publish_collectively(
+    connection: Connection,
+    device_name: str,
+    environment: dict[str, str],
+    plan: Plan,
+    kinds: dict[str, Weights],
+) -> None:
+    """The learner's side of `collective`: says its endpoint, then publishes each (version, kind) that it is told to, to the engines
+    that joined, and answers with those that are out of service."""
+    os.environ.update(environment)
+    device = torch.device(device_name)
+    placed = {kind: {name: t.to(device) for name, t in weights.items()} for kind, weights in kinds.items()}
+    with (
+        CollectivePublisher(WeightSyncConfig(timeout_s=ANSWER_S), plan, device=device) as publisher,
+        contextlib.suppress(EOFError),
+    ):
+        connection.send(publisher.endpoint)
+        while True:
+            version, kind, engines = connection.recv()
+            publisher.wait_for_engines(set(engines), timeout_s=ANSWER_S)
+            publisher.begin(version)
+            for bucket in plan.buckets:
+                publisher.write(bucket, cut(plan, bucket, placed[kind]))
+            connection.send(publisher.commit().out_of_service)

@@ -18,6 +18,9 @@ SCRIPT = Path(__file__).parent / "unit" / "weight_sync" / "engine_process.py"
 class EngineProcess:
     """One engine process and the lines it has printed."""
 
+    folder = Path(__file__).parent
+    """Of what tests share."""
+
     def __init__(self, endpoint: str, engine_id: str, *faults: dict[str, object]) -> None:
         self.engine_id = engine_id
         self.process = subprocess.Popen(
@@ -37,6 +40,15 @@ class EngineProcess:
         finally:
             watchdog.cancel()
         return [(int(line.split()[1]), line.split(" probe ")[1]) for line in lines[1:]]
+
+    def error_line(self, holding: str) -> str:
+        """The next line of its stderr that holds this. A silent process is killed, which ends the wait."""
+        watchdog = threading.Timer(30, self.process.kill)
+        watchdog.start()
+        try:
+            return next((line for line in self.process.stderr if holding in line), "")
+        finally:
+            watchdog.cancel()
 
     def ended(self) -> tuple[str, str]:
         """stdout and stderr, after the process has ended by itself."""

@@ -1,183 +1,272 @@
-"""Weight sync over shared memory against memcpy, in one run: one sender and N receivers, each a process of its own.
+"""Weight sync over each transport against memcpy, in one run: one sender and N receivers, each a process of its own.
 
-    python tools/bench_weight_sync.py --mb 988 --tensors 290 --json out.json
+    python tools/bench_weight_sync.py                                          # all that runs here; minutes
+    python tools/bench_weight_sync.py --models 500M --dtypes bfloat16 --transports shm --receivers 1 --json out.json
+    python tools/bench_weight_sync.py --models 2M --transports shm --receivers 2 --lag 0 2 --slow-s 2
+    python tools/bench_weight_sync.py --engine                                 # the pause of a real vLLM engine
 
-memcpy is what no transport over shared memory can beat: a copy of every tensor into warm shared memory, and a copy out
-of it. A sync is from `begin` until the receivers have the bytes in tensors of their own, with checksums made and
-verified. The first sync of either is left out (first touch of pages).
+memcpy is what nothing that goes through the host's memory can beat: a copy of every tensor into warm shared memory, and a copy
+out of it, by one thread; it is measured before each sync, and the ratio is the median over these pairs. A sync is from `begin` until
+every receiver has the bytes in tensors of its own, with checksums made and verified. Rounds in which pages are touched for the
+first time are left out. The learner stalls from `begin` to the return of `commit`; with `--lag` of 1 or more that is sooner than
+the sync's end. The engine stalls while it copies out; what a real engine does in that time is measured by `--engine`.
+`tcp` sends no deltas here: each version has the same bytes, and its delta would be empty.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import time
-import warnings
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from sync_models import MODELS, Weights, blank, plan_of, random_weights
+from sync_sides import TRANSPORTS, AnyPublisher, copy_out, publisher_of, receivers
+from sync_stall import engine_stall
 
-from asyncrl.weight_sync.config import WeightSyncConfig
-from asyncrl.weight_sync.plan import Plan, make_plan
-from asyncrl.weight_sync.publisher import Publisher
-from asyncrl.weight_sync.receiver import Receiver
-from asyncrl.weight_sync.report import SyncReport
-from asyncrl.weight_sync.shm import map_version
-from asyncrl.weight_sync.slots import Slots
-from asyncrl.weight_sync.wire import Offer
+from asyncrl.weight_sync.collective_publisher import CollectivePublisher
+from asyncrl.weight_sync.pieces import cut
+from asyncrl.weight_sync.plan import Plan
+from asyncrl.weight_sync.report import MemberReport, SyncReport
+from asyncrl.weight_sync.shm import slot_path
+from asyncrl.weight_sync.slots import Slot
+from asyncrl.weight_sync.welcomer import Welcomer
 
-Weights = dict[str, torch.Tensor]
-
-
-def copy_out(flat: torch.Tensor, plan: Plan, weights: Weights) -> None:
-    """`flat`: the bytes of a version, uint8 [total_bytes]."""
-    for bucket in plan.buckets:
-        for spec in bucket.tensors:
-            part = flat[spec.offset : spec.offset + spec.size]
-            weights[spec.name].copy_(part.view(getattr(torch, spec.dtype)).view(spec.shape))
+ENGINES_S = 300.0
 
 
-def blank(plan: Plan) -> Weights:
-    tensors = [spec for bucket in plan.buckets for spec in bucket.tensors]
-    return {spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in tensors}
+@dataclass(frozen=True)
+class Case:
+    """One row."""
+
+    model: str
+    dtype: str
+    transport: str
+    receivers: int
+    lag: int
 
 
-class CopyingTarget:
-    """The least that an engine does: map and verify, then copy into tensors of its own."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one sync."""
 
-    def __init__(self) -> None:
-        self._weights: Weights = {}
+    memcpy: float
+    sync: float
+    """Until every engine runs the version."""
+    learner: float
+    write: float
+    stage: float
+    """Of the slowest engine, as are the next two."""
+    apply: float
+    stall: float
 
-    async def stage(self, offer: Offer) -> None:
-        self._weights = self._weights or blank(offer.plan)
-        self._mapped = await asyncio.to_thread(map_version, offer)
 
-    async def apply(self, offer: Offer) -> float:
+class Floor:
+    """memcpy in and out of shared memory."""
+
+    def __init__(self, run_id: str, plan: Plan, weights: Weights) -> None:
+        self._slot = Slot(slot_path(run_id, 99), plan)
+        self._plan, self._weights, self._back = plan, weights, blank(plan)
+        path = str(self._slot.path)
+        self._mapped = torch.from_file(path, shared=True, size=plan.total_bytes, dtype=torch.uint8)
+
+    def seconds(self) -> float:
         started = time.monotonic()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self._mapped, dtype=torch.uint8)
-        await asyncio.to_thread(copy_out, flat, offer.plan, self._weights)
-        del self._mapped
+        for bucket in self._plan.buckets:
+            for piece, values in zip(bucket.pieces, cut(self._plan, bucket, self._weights), strict=True):
+                self._slot.write(piece, values)
+        copy_out(self._mapped, self._plan, self._back)
         return time.monotonic() - started
 
-    async def discard(self, version: int) -> None:
-        del self._mapped
-
-    async def probe(self, tokens: Sequence[int]) -> list[float]:
-        return [float(next(iter(self._weights.values())).flatten()[0])] * (len(tokens) - 1)
+    def close(self) -> None:
+        self._slot.close()
 
 
-def receive(endpoint: str, engine_id: str, last_version: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+class Sender:
+    """The learner: sends versions one after the other, and waits for the engines between two."""
 
-    async def run() -> None:
-        receiver = Receiver(CopyingTarget(), endpoint, engine_id)
-        receiving = asyncio.create_task(receiver.run())
-        await receiver.wait_for_version(last_version, timeout_s=600)
-        receiving.cancel()
-        await asyncio.wait({receiving}, timeout=10)
+    def __init__(self, publisher: AnyPublisher, plan: Plan, weights: Weights, lag: int) -> None:
+        self._publisher, self._plan, self._weights = publisher, plan, weights
+        self._lag = lag
+        self._welcomer = (
+            Welcomer(publisher) if lag and not isinstance(publisher, CollectivePublisher) else None
+        )
 
-    asyncio.run(run())
-
-
-def memcpy_seconds(run_id: str, plan: Plan, weights: Weights, rounds: int) -> list[float]:
-    """Of a copy into warm shared memory and one out of it, in this process."""
-    slots, back, seconds = Slots(run_id, plan), blank(plan), []
-    slot = slots.next()
-    mapped = torch.from_file(str(slot.path), shared=True, size=plan.total_bytes, dtype=torch.uint8)
-    for _ in range(rounds + 1):
+    def send(self, version: int, engines: list[str], memcpy_s: float) -> Times:
+        """Seconds of one version's way."""
         started = time.monotonic()
-        for bucket in plan.buckets:
-            for spec in bucket.tensors:
-                slot.write(spec, weights[spec.name])
-        copy_out(mapped, plan, back)
-        seconds.append(time.monotonic() - started)
-    slots.close()
-    return seconds[1:]
+        if self._welcomer is None:
+            report = self._written(version)
+            learner_s = time.monotonic() - started
+            members = report.engines
+        else:
+            with self._welcomer.paused():
+                report = self._written(version)
+            learner_s = time.monotonic() - started
+            members = self._settled(version, set(engines))
+        sync_s = time.monotonic() - started
+        wrong = {name: member.error for name, member in members.items() if member.outcome != "applied"}
+        if set(members) != set(engines) or wrong:
+            raise RuntimeError(
+                f"version {version}: expected it applied by {engines}, got {members.keys()}, {wrong}"
+            )
+        return Times(
+            memcpy=memcpy_s,
+            sync=sync_s,
+            learner=learner_s,
+            write=report.write_s,
+            stage=max(member.stage_s for member in members.values()),
+            apply=max(member.apply_s for member in members.values()),
+            stall=max(member.stall_s for member in members.values()),
+        )
+
+    def _written(self, version: int) -> SyncReport:
+        self._publisher.begin(version)
+        for bucket in self._plan.buckets:
+            self._publisher.write(bucket, cut(self._plan, bucket, self._weights))
+        return self._publisher.commit()
+
+    def _settled(self, version: int, engines: set[str]) -> dict[str, MemberReport]:
+        """Waits for each engine's update. Unblocked by the welcomer's thread. Ends after `ENGINES_S`."""
+        assert self._welcomer is not None
+        members: dict[str, MemberReport] = {}
+        deadline = time.monotonic() + ENGINES_S
+        while engines - members.keys():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"version {version}: {engines - members.keys()} did not take it in {ENGINES_S:g} s"
+                )
+            self._welcomer.check()
+            for report in self._welcomer.take_reports():
+                if report.version == version:
+                    members |= report.engines
+            time.sleep(0.001)
+        return members
+
+    def close(self) -> None:
+        if self._welcomer is not None:
+            self._welcomer.close()
 
 
-def sync_reports(args: argparse.Namespace, run_id: str, plan: Plan, weights: Weights) -> list[SyncReport]:
-    spawn = multiprocessing.get_context("spawn")
-    with Publisher(WeightSyncConfig(timeout_s=300.0), run_id, plan) as publisher:
-        names = [f"engine-{i}" for i in range(args.receivers)]
-        processes = [
-            spawn.Process(target=receive, args=(publisher.endpoint, name, args.syncs, args.threads))
-            for name in names
-        ]
-        for process in processes:
-            process.start()
-        try:
-            publisher.wait_for_engines(set(names), timeout_s=120)
-            reports = []
-            for version in range(args.syncs + 1):
-                publisher.begin(version)
-                for bucket in plan.buckets:
-                    publisher.write(bucket, weights)
-                reports.append(publisher.commit())
-            return reports[1:]
-        finally:
-            for process in processes:
-                process.join(timeout=20)
-                process.kill()
-
-
-def measure(args: argparse.Namespace) -> dict[str, object]:
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    elements = args.mb * 10**6 // args.tensors // dtype.itemsize
-    weights = {f"layer.{i}": torch.randn(elements).to(dtype) for i in range(args.tensors)}
-    plan = make_plan(
-        [(name, args.dtype, tuple(w.shape)) for name, w in weights.items()], args.bucket_mb * 10**6
-    )
+def measure(case: Case, args: argparse.Namespace) -> list[Times]:
+    """Rounds of a memcpy and a sync."""
+    on_gpu = case.transport == "ipc"
+    weights = random_weights(case.model, args.masters or case.dtype, "cuda" if on_gpu else "cpu")
+    plan = plan_of(weights, case.dtype, int(args.bucket_mb * 2**20))
     run_id = f"bench-{os.getpid()}"
-    memcpy = statistics.median(memcpy_seconds(run_id, plan, weights, args.syncs))
-    reports = sync_reports(args, run_id, plan, weights)
-    middle = {
-        "seconds": [r.seconds for r in reports],
-        "write_s": [r.write_s for r in reports],
-        "stage_s": [max(e.stage_s for e in r.engines.values()) for r in reports],
-        "apply_s": [max(e.apply_s for e in r.engines.values()) for r in reports],
-        "stall_s": [r.max_stall_s for r in reports],
-    }
-    result: dict[str, object] = {name: round(statistics.median(values), 4) for name, values in middle.items()}
-    seconds = statistics.median(middle["seconds"])
+    warm = 2 + case.lag
+    floor = Floor(run_id, plan, weights)
+    try:
+        with publisher_of(case.transport, run_id, plan, case.lag, delta=False) as publisher:
+            last = warm + args.rounds - 1
+            with receivers(publisher, case.receivers, last, args.threads, args.slow_s) as engines:
+                sender = Sender(publisher, plan, weights, case.lag)
+                try:
+                    rounds = [sender.send(version, engines, floor.seconds()) for version in range(last + 1)]
+                finally:
+                    sender.close()
+        return rounds[warm:]
+    finally:
+        floor.close()
+
+
+def row(case: Case, rounds: list[Times]) -> dict[str, object]:
+    """Medians."""
+    weights = plan_of(random_weights_on_meta(case), case.dtype, 2**28)
+    middle = {name: statistics.median(getattr(each, name) for each in rounds) for name in asdict(rounds[0])}
     return {
-        "mb": plan.total_bytes / 1e6,
-        "tensors": args.tensors,
-        "buckets": len(plan.buckets),
-        "receivers": args.receivers,
-        "syncs": args.syncs,
-        "memcpy_in_and_out_s": round(memcpy, 4),
-        **result,
-        "mb_per_s": round(plan.total_bytes / 1e6 / seconds),
-        "sync_over_memcpy": round(seconds / memcpy, 2),
+        **asdict(case),
+        "mb": round(weights.total_bytes / 1e6, 1),
+        "tensors": len(weights.tensors),
+        "rounds": len(rounds),
+        **{f"{name}_s": round(value, 5) for name, value in middle.items()},
+        "gb_per_s": round(weights.total_bytes / 1e9 / middle["sync"], 2),
+        "sync_over_memcpy": round(statistics.median(each.sync / each.memcpy for each in rounds), 2),
     }
 
 
-def main() -> None:
+def random_weights_on_meta(case: Case) -> Weights:
+    return random_weights(case.model, case.dtype, "meta")
+
+
+HEADER = (
+    f"{'model':>5} {'dtype':>8} {'transport':>10} {'recv':>4} {'lag':>3} {'MB':>7} {'memcpy ms':>9} {'sync ms':>8} {'GB/s':>5} "
+    f"{'x memcpy':>8} | {'learner ms':>10} {'of it write':>11} | {'stage ms':>8} {'stall ms':>8}"
+)
+
+
+def line(found: dict[str, object]) -> str:
+    ms = {
+        name: 1000 * float(str(found[f"{name}_s"]))
+        for name in ("memcpy", "sync", "learner", "write", "stage", "stall")
+    }
+    return (
+        f"{found['model']:>5} {found['dtype']:>8} {found['transport']:>10} {found['receivers']:>4} {found['lag']:>3} "
+        f"{found['mb']:>7} {ms['memcpy']:>9.1f} {ms['sync']:>8.1f} {found['gb_per_s']:>5} {found['sync_over_memcpy']:>8} | "
+        f"{ms['learner']:>10.1f} {ms['write']:>11.1f} | {ms['stage']:>8.1f} {ms['stall']:>8.1f}"
+    )
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    return [
+        Case(*each)
+        for each in itertools.product(args.models, args.dtypes, args.transports, args.receivers, args.lag)
+        if not (each[2] == "collective" and each[4])
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    here = [name for name in TRANSPORTS if name != "ipc" or torch.cuda.is_available()]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mb", type=int, default=200)
-    parser.add_argument("--tensors", type=int, default=100)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--bucket-mb", type=int, default=256)
-    parser.add_argument("--receivers", type=int, default=1)
-    parser.add_argument("--syncs", type=int, default=5, help="rounds measured, after one that is not")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--masters", choices=["float32"], help="the learner's dtype; default: that of the wire"
+    )
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=here)
+    parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--lag", type=int, nargs="+", default=[0], help="max_lag_versions; 0: the learner waits"
+    )
+    parser.add_argument(
+        "--slow-s", type=float, default=0.0, help="the first engine takes so much longer to stage"
+    )
+    parser.add_argument("--bucket-mb", type=float, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    args = parser.parse_args()
-    result = measure(args)
-    for name, value in result.items():
-        print(f"{name:>22}  {value}")
+    parser.add_argument("--engine", action="store_true", help="only this: how long a real vLLM engine pauses")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[16], help="requests under way, with --engine"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if "ipc" in args.transports and not torch.cuda.is_available():
+        raise SystemExit("--transports ipc: no CUDA device here")
+    torch.set_num_threads(args.threads)
+    if args.engine:
+        rows = asyncio.run(engine_stall(args.models[0], args.concurrency))
+    else:
+        print(HEADER)
+        rows = []
+        for case in cases(args):
+            rows.append(row(case, measure(case, args)))
+            print(line(rows[-1]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

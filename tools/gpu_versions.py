@@ -117,7 +117,7 @@ def _read_version(connection: Connection, device_name: str) -> None:
 
 
 def collective(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """The sender in this process, the receiver in another; with one GPU both are on it."""
+    """Sender and receiver are processes of their own; with one GPU both are on it."""
     import one_gpu
     from gpu_parts import Child
 
@@ -129,16 +129,26 @@ def collective(args: argparse.Namespace, device: torch.device) -> dict[str, floa
     try:
         plan, address = sender.answer()
         receiver.send((plan, address))
-        figures: dict[str, float] = sender.answer()
-        received: dict[str, float] = receiver.answer()
+        begun, sent = sender.answer()
+        received = receiver.answer()
     finally:
         sender.end()
         receiver.end()
-    seconds = received["version_s"]
-    return {**figures, **received, "gb_per_s": plan.total_bytes / 1e9 / seconds}
+    # One clock for all processes of a machine.
+    whole = [end - start for start, end in zip(begun, received, strict=True)]
+    busy = [end - start for start, end in zip(begun, sent, strict=True)]
+    seconds = statistics.median(whole[1:])
+    return {
+        "first_with_group_s": whole[0],
+        "sender_busy_s": statistics.median(busy[1:]),
+        "version_s": seconds,
+        "gb_per_s": plan.total_bytes / 1e9 / seconds,
+    }
 
 
 VERSIONS = 4
+PAUSE_S = 1.0
+"""Between two versions: the receiver waits for the next, and has read the words about the last."""
 
 
 def _send(connection: Connection, args: argparse.Namespace, device_name: str) -> None:
@@ -150,19 +160,21 @@ def _send(connection: Connection, args: argparse.Namespace, device_name: str) ->
     weights, plan = weights_and_plan(args, device)
     sender = CollectiveSender(plan, 0, "127.0.0.1", device, 600.0)
     connection.send((plan, sender.address))
-    busy = []
+    begun, sent = [], []
     for number in range(VERSIONS):
-        stream = Stream(name="check", version=number, size=2, made=number > 0, timeout_s=600.0)
-        sender.begin(stream)
-        started = time.perf_counter()
+        time.sleep(PAUSE_S)
+        begun.append(time.monotonic())
+        sender.begin(Stream(name="check", version=number, size=2, made=number > 0, timeout_s=600.0))
         for bucket in plan.buckets:
             sender.send(bucket, cut(plan, bucket, weights), lambda: None)
         sender.drain(lambda: None)
         sender.tell_checksums()
-        busy.append(time.perf_counter() - started)
-        time.sleep(1.0)  # the receiver still reads the words of this version
+        sent.append(time.monotonic())
+        time.sleep(PAUSE_S)
         sender.end()
-    connection.send({"sender_busy_s": statistics.median(busy[1:])})
+    connection.send((begun, sent))
+    with contextlib.suppress(EOFError):
+        connection.recv()
     sender.close()
 
 
@@ -175,16 +187,13 @@ def _receive(connection: Connection, args: argparse.Namespace, device_name: str)
     backend = "nccl" if device_name.startswith("cuda") else "gloo"
 
     async def run() -> list[float]:
-        seconds = []
+        ends = []
         for number in range(VERSIONS):
             source = Group(backend=backend, stores=(address,), name="check", rank=1, size=2, made=number > 0)
             offer = Offer(version=number, source=source, plan=plan, checksums=())
-            started = time.perf_counter()
             await fetch.fetch(offer, 600.0)
-            seconds.append(time.perf_counter() - started)
-            await asyncio.sleep(1.2)  # until the sender has begun the next one
-        return seconds
+            ends.append(time.monotonic())
+        return ends
 
-    seconds = asyncio.run(run())
-    connection.send({"first_with_group_s": seconds[0], "version_s": statistics.median(seconds[1:])})
+    connection.send(asyncio.run(run()))
     fetch.close()

@@ -67,7 +67,9 @@ class CopyingTarget:
                 copy_out(version.data, offer.plan, self._weights)
                 version.verify()
             return
-        copy_out(torch.frombuffer(self._mappings.of(offer).data, dtype=torch.uint8), offer.plan, self._weights)
+        copy_out(
+            torch.frombuffer(self._mappings.of(offer).data, dtype=torch.uint8), offer.plan, self._weights
+        )
 
     async def discard(self, version: int) -> None:
         """Nothing is held."""

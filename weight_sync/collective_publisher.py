@@ -28,10 +28,11 @@ import torch
 
 from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.checksum import version_digest
+from asyncrl.weight_sync.collective_attempt import Attempt
 from asyncrl.weight_sync.collective_sender import CollectiveSender
 from asyncrl.weight_sync.collective_words import Outcome, Refused, Sent, Stream, decode_sent, encode
 from asyncrl.weight_sync.config import WeightSyncConfig
-from asyncrl.weight_sync.errors import GroupBroken, SyncAborted, WeightSyncError
+from asyncrl.weight_sync.errors import SyncAborted, WeightSyncError
 from asyncrl.weight_sync.exchange import Exchange
 from asyncrl.weight_sync.members import Members
 from asyncrl.weight_sync.plan import Bucket, Plan
@@ -47,26 +48,6 @@ from asyncrl.weight_sync.verification import differences, shared_fault
 
 SETTLE_S: Final = 5.0
 """How long engines have, after the group broke, to say that they are there."""
-STEP_S: Final = 0.01
-"""Between two looks at the engines' answers while a bucket travels."""
-
-
-class _Draft:
-    """A version on its way."""
-
-    def __init__(self, stream: Stream, transaction: Transaction, exchange: Exchange, started: float) -> None:
-        self.stream = stream
-        self.transaction = transaction
-        self.exchange = exchange
-        self.started = started
-        self.write_s = 0.0
-        self.probe: Probe | None = None
-        self.written = 0
-        self.off = not transaction.members
-        """Nothing is sent any more, or there is nobody to send to."""
-        self.faults: list[str] = []
-        """What kept learner ranks from sending their shares."""
-        self.next_step = 0.0
 
 
 class CollectivePublisher:
@@ -101,7 +82,7 @@ class CollectivePublisher:
         self._stores = tuple(each.decode() for each in self._ranks.collect(self._sender.address.encode()))
         self._group: tuple[int, tuple[str, ...], str] | None = None
         """Epoch, members and name of the group of the last version, where it can be used again."""
-        self._draft: _Draft | None = None
+        self._draft: Attempt | None = None
         self._closed = False
 
     def __enter__(self) -> CollectivePublisher:
@@ -150,8 +131,7 @@ class CollectivePublisher:
                 f"{len(own)} that rank 0 sends"
             )
         draft.written += 1
-        if not draft.off:
-            self._sending(draft, lambda: self._sender.send(bucket, pieces, lambda: self._look(draft)))
+        draft.send(bucket, pieces)
         draft.write_s += time.monotonic() - started
 
     def abandon(self) -> None:
@@ -166,7 +146,8 @@ class CollectivePublisher:
 
         Raises `SyncAborted` (the old version is live everywhere; the version may be begun again) if an engine or a sender dropped
         out before all had it, `ProbeMismatch` (live, but not right) if engines failed the probe and none is left that runs it, or
-        `WeightSyncError` if buckets are missing and no engine is there. Engines that did not take it after that are in the report's `out_of_service`.
+        `WeightSyncError` if buckets are missing and no engine is there. Engines that did not take it after that are in the
+        report's `out_of_service`.
         """
         draft, self._draft = self._draft, None
         fault = _missing(draft, len(self._plan.of(0)))
@@ -175,7 +156,7 @@ class CollectivePublisher:
         draft.probe = probe
         try:
             checksums = self._finish_sending(draft, fault)
-            report = self._see_through(draft)
+            report = draft.see_through()
         except BaseException as interruption:
             draft.exchange.interrupt(interruption)
             raise
@@ -197,7 +178,7 @@ class CollectivePublisher:
         return None
 
     def close(self) -> None:
-        """Free the ports, leave the group. May be called twice."""
+        """Free the engines' port, leave the group; the store's port goes with this object. May be called twice."""
         self._closed = True
         if self._draft is not None:
             self.abandon()
@@ -211,33 +192,30 @@ class CollectivePublisher:
         if fault:
             self._ranks.share(encode(Refused(error=f"version {version}: {fault}")))
             raise WeightSyncError(f"version {version}: {fault}")
-        started = time.monotonic()
-        draft = self._drafted(version, tuple(sorted(members_of())), started)
-        self._draft = draft
+        names = tuple(sorted(members_of()))
+        self._draft = draft = self._drafted(version, names)
         self._ranks.share(encode(draft.stream))
-        if draft.off:
-            return
         try:
-            draft.exchange.start()
-            self._sender.begin(draft.stream)
+            draft.start()
         except BaseException as error:
             draft.exchange.interrupt(error)
             self._settle(draft)
             raise
 
-    def _drafted(self, version: int, names: tuple[str, ...], started: float) -> _Draft:
-        attempt, epoch = self._members.next_attempt(), self._members.roster.epoch
+    def _drafted(self, version: int, names: tuple[str, ...]) -> Attempt:
+        now, attempt, epoch = time.monotonic(), self._members.next_attempt(), self._members.roster.epoch
+        staging_s = STAGING_SHARE * self._timeout_s
+        settle_s = min(SETTLE_S, self._timeout_s - staging_s)
         made = self._group is not None and self._group[:2] == (epoch, names)
         name = self._group[2] if self._group is not None and made else str(attempt)
         self._group = (epoch, names, name)
-        staging_s, settle_s = STAGING_SHARE * self._timeout_s, self._settle_s
         stream = Stream(name=name, version=version, size=1 + len(names), made=made, timeout_s=staging_s)
         transaction = Transaction(
             version,
             names,
-            now=started,
-            staging_deadline=started + staging_s,
-            deadline=started + self._timeout_s,
+            now=now,
+            staging_deadline=now + staging_s,
+            deadline=now + self._timeout_s,
             together=True,
             settle_s=settle_s,
         )
@@ -246,15 +224,7 @@ class CollectivePublisher:
         self._members.ignored.clear()
 
         def propose_for(engine_id: str) -> wire.Propose:
-            source = wire.Group(
-                backend=backend_of(self._device),
-                stores=self._stores,
-                name=name,
-                rank=1 + names.index(engine_id),
-                size=stream.size,
-                made=made,
-            )
-            offer = wire.Offer(version=version, source=source, plan=self._plan, checksums=())
+            offer = self._offer(stream, 1 + names.index(engine_id))
             # They hear of it first if it is called off at the deadline.
             return wire.Propose(attempt=attempt, offer=offer, timeout_s=staging_s + settle_s)
 
@@ -262,61 +232,34 @@ class CollectivePublisher:
             return self._members.roster.to_ask(engine_id, draft.probe)
 
         exchange = Exchange(self._members.socket, transaction, attempt, propose_for, probe_for)
-        draft = _Draft(stream, transaction, exchange, started)
+        draft = Attempt(stream, transaction, exchange, self._sender, now)
         return draft
 
-    @property
-    def _settle_s(self) -> float:
-        return min(SETTLE_S, (1 - STAGING_SHARE) * self._timeout_s)
+    def _offer(self, stream: Stream, rank: int) -> wire.Offer:
+        """What the engine of this rank is offered."""
+        source = wire.Group(
+            backend=backend_of(self._device),
+            stores=self._stores,
+            name=stream.name,
+            rank=rank,
+            size=stream.size,
+            made=stream.made,
+        )
+        return wire.Offer(version=stream.version, source=source, plan=self._plan, checksums=())
 
-    def _begun(self, what: str) -> _Draft:
+    def _begun(self, what: str) -> Attempt:
         if self._draft is None:
             raise WeightSyncError(f"{what}: no version is begun; call begin(version) first")
         return self._draft
 
-    def _sending(self, draft: _Draft, call: Callable[[], None]) -> None:
-        """`call` sends; what comes between is settled before this returns."""
-        try:
-            call()
-        except GroupBroken as error:
-            draft.exchange.broke(str(error))
-            self._call_off(draft)
-        except _Off:
-            self._call_off(draft)
-
-    def _look(self, draft: _Draft) -> None:
-        """Takes in what engines and other ranks say. Raises `_Off` or `GroupBroken` once the version is not to be sent any more."""
-        now = time.monotonic()
-        if now < draft.next_step:
-            return
-        draft.next_step = now + STEP_S
-        draft.exchange.step(0.0)
-        if draft.transaction.broken or draft.transaction.report is not None:
-            raise _Off
-        if self._ranks.size > 1 and (reason := self._sender.called_off()):
-            raise GroupBroken(reason)
-
-    def _call_off(self, draft: _Draft) -> None:
-        """Send no more, and hear what everyone has to say about it.
-
-        Waits for: word of every engine. Unblocked by: engines, which find that it was called off, or their death. Ends: then, or
-        `SETTLE_S` later.
-        """
-        draft.off = True
-        report = draft.transaction.report
-        self._sender.call_off(report.reason if report else draft.transaction.broken)
-        draft.exchange.go_on(never)
-
-    def _finish_sending(self, draft: _Draft, fault: str) -> list[int]:
+    def _finish_sending(self, draft: Attempt, fault: str) -> list[int]:
         """All ranks have sent, or the version is off. The checksums of all buckets, where all were sent."""
-        if not draft.off and not fault:
-            self._sending(draft, lambda: self._sender.drain(lambda: self._look(draft)))
+        if not fault:
+            draft.drain()
         draft.faults, checksums = self._collected(fault)
         if draft.faults and not draft.off:
-            draft.exchange.broke("\n".join(draft.faults))
-            self._call_off(draft)
-        if not draft.off:
-            self._sender.tell_checksums()
+            draft.broke("\n".join(draft.faults))
+        draft.tell_checksums()
         return checksums
 
     def _collected(self, fault: str) -> tuple[list[str], list[int]]:
@@ -332,21 +275,9 @@ class CollectivePublisher:
         self._ranks.share(encode(Outcome(report=None, error=error)))
         raise WeightSyncError(error)
 
-    def _see_through(self, draft: _Draft) -> TransactionReport:
-        """Until it is settled, at its deadline at the latest."""
-
-        def watch() -> bool:
-            if draft.transaction.broken and not draft.off:
-                self._call_off(draft)
-            return False
-
-        if not draft.transaction.members:
-            draft.exchange.start()
-        return draft.exchange.go_on(watch)
-
-    def _settle(self, draft: _Draft) -> None:
+    def _settle(self, draft: Attempt) -> None:
         self._draft = None
-        report, exchange = draft.transaction.report, draft.exchange
+        report, exchange = draft.report, draft.exchange
         if report is None:
             return
         self._members.roster.settle(report, exchange.comings, exchange.answers.keys())
@@ -357,7 +288,7 @@ class CollectivePublisher:
             if report.members:
                 self._sender.call_off(report.reason)
 
-    def _reported(self, draft: _Draft, report: TransactionReport, digest: str) -> SyncReport:
+    def _reported(self, draft: Attempt, report: TransactionReport, digest: str) -> SyncReport:
         found = differences(draft.probe, draft.exchange.answers)
         sync = sync_report(
             self._members, self._plan, digest, report, draft.exchange, found, draft.started, draft.write_s
@@ -367,14 +298,10 @@ class CollectivePublisher:
         return sync
 
 
-def _missing(draft: _Draft | None, expected: int) -> str:
+def _missing(draft: Attempt | None, expected: int) -> str:
     """What of a version is not there; empty: nothing."""
     if draft is None:
         return "commit: no version is begun; call begin(version) first"
     if draft.written < expected:
         return f"version {draft.stream.version}: expected {expected} buckets, {draft.written} are written"
     return ""
-
-
-class _Off(Exception):
-    """The version is not to be sent any more."""

@@ -50,7 +50,7 @@ def put_summed(version: torch.Tensor, plan: Plan, bucket: Bucket, pieces: Sequen
     """`put_all` into memory of the host, which returns the bucket's checksum: that of `checksum.bucket_checksum`, but made of each
     part as soon as it is written."""
     _check_number(bucket, pieces)
-    written = version.numpy()
+    written = version.numpy().data
     digest = xxhash.xxh3_64()
     summed = 0
     for place, piece, values in zip(bucket.places, bucket.pieces, pieces, strict=True):

@@ -113,12 +113,6 @@ class Publisher:
         """Engines that the next version goes to, and the version that each runs, -1 for none."""
         return self._members.engines
 
-    @property
-    def behind(self) -> list[str]:
-        """Engines that do not run the last committed version."""
-        self._members.take_in()
-        return self._members.roster.behind(self.version) if self.version >= 0 else []
-
     def wait_for_engines(self, engine_ids: Set[str], timeout_s: float) -> None:
         """Return when all of `engine_ids` have joined. Raises `EnginesMissing` after `timeout_s`."""
         self._members.wait_for(engine_ids, timeout_s)

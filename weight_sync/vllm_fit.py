@@ -18,9 +18,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
-from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _get_original_loader,
+    _place_kernel_tensors,
+    get_layerwise_info,
+)
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
-from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_tensor_load_numel
+from vllm.model_executor.model_loader.reload.utils import (
+    get_layer_params_buffers,
+    get_layer_tensors,
+    get_tensor_load_numel,
+)
 
 from asyncrl.weight_sync.fit import Fit
 from asyncrl.weight_sync.plan import Plan, TensorSpec
@@ -122,6 +130,10 @@ def _without_memory(model: nn.Module) -> Iterator[None]:
             info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
             taken.append(layer)
             restore_layer_on_meta(layer, info)
+            for tensor in get_layer_tensors(layer).values():
+                # A reload leaves its own loader on them, which waits for bytes.
+                if hasattr(tensor, "weight_loader"):
+                    tensor.weight_loader = _get_original_loader(tensor)
         yield
     finally:
         for layer in taken:

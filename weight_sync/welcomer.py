@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 INTERVAL_S: Final = 0.2
 """How long an engine that has joined waits before it is seen, at most."""
 CLOSE_S: Final = 5.0
-_CATCH_UP_S: Final = 0.1
 _KEPT: Final = 1000
 """Reports that are kept until they are taken; the oldest go first."""
 
@@ -79,16 +77,6 @@ class Welcomer:
         while self._reports:
             taken.append(self._reports.popleft())
         return taken
-
-    def catch_up(self, timeout_s: float) -> None:
-        """Waits for engines that do not run the present version yet. Unblocked by the thread. Ends when there is none, which is so
-        by their own deadlines, or after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            with self.paused():
-                if not self._publisher.behind:
-                    return
-            time.sleep(_CATCH_UP_S)
 
     def close(self) -> None:
         """End the thread; the publisher is the caller's then. Raises `WeightSyncError` if it does not end."""

@@ -67,6 +67,7 @@ terms = [{{ function = "sums" }}]
 device = "cpu"
 [weight_sync]
 verify = "never"
+max_lag_versions = 0
 """
 
 

@@ -140,14 +140,16 @@ def test_an_engine_of_another_model_is_dismissed_and_the_other_goes_on(world):
 
 
 @pytest.fixture
-def stale(tmp_path: Path, monkeypatch) -> Iterator[engine_worlds.VLLMWorld]:
+def stale(world, tmp_path: Path, monkeypatch) -> Iterator[engine_worlds.VLLMWorld]:
+    """On the event loop of `world`, as one publisher talks to both."""
     monkeypatch.setattr(vllm_settings, "WORKER_EXTENSION", "stale_head.StaleHead")
     made = engine_worlds.VLLMWorld(tmp_path / "model", tied=True)
     try:
-        made.start()
+        world.run(made.engine.start())
         monkeypatch.undo()
         yield made
     finally:
+        world.run(made.engine.shutdown())
         made.close()
 
 

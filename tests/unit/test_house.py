@@ -91,8 +91,12 @@ PURE = (
     "weight_sync/float8.py",
     "weight_sync/verification.py",
     "weight_sync/topology.py",
+    "weight_sync/collective_words.py",
     "weight_sync/chunks.py",
     "weight_sync/delta.py",
+    "weight_sync/ranks.py",
+    "learner/shares.py",
+    "learner/send_order.py",
 )
 IMPURE = {"torch", "zmq", "time", "socket", "asyncio", "os", "random", "ray", "vllm"}
 

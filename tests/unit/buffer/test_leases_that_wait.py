@@ -76,6 +76,7 @@ def test_one_that_waits_without_room_does_not_hold_up_another_that_has_it(buffer
     talk(buffer, scenario)
 
 
+@pytest.mark.alone
 def test_one_that_waits_gets_what_fits_as_soon_as_it_comes(buffer):
     async def scenario(client):
         await make_busy(client, "small")
@@ -103,6 +104,7 @@ def test_one_that_waits_alone_gets_what_does_not_fit_after_a_while(buffer):
     talk(buffer, scenario)
 
 
+@pytest.mark.alone
 def test_an_engine_that_holds_nothing_gets_what_does_not_fit_at_once(buffer):
     async def scenario(client):
         await client.release(await make_long_ones(client))

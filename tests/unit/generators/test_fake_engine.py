@@ -182,6 +182,7 @@ def test_the_limit_ends_with_length_and_the_next_lease_continues():
     on_engine(scenario)
 
 
+@pytest.mark.alone
 def test_speed_is_set_by_step_time_and_slots():
     async def scenario(engine):
         loop = asyncio.get_running_loop()

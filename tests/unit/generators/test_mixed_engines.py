@@ -40,6 +40,7 @@ async def until_states(client, **wanted):
     await until(reached, 60)
 
 
+@pytest.mark.alone
 def test_a_faster_engine_takes_more(tmp_path):
     async def run(service):
         await admit(service.address, 12)

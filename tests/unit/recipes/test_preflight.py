@@ -234,6 +234,7 @@ def asyncrl(*arguments, cwd=ROOT):
     )
 
 
+@pytest.mark.alone
 def test_check_is_quick_and_says_the_sizes(tmp_path):
     model = write_model(tmp_path / "model")
     began = time.monotonic()

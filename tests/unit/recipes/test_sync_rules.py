@@ -25,7 +25,6 @@ def sync_problems(*overrides):
         (["weight_sync.max_lag_versions=0"], 0),
         (['weight_sync.transport="collective"', "staleness.max_staleness_versions=2"], 0),
         (["staleness.max_staleness_versions=0"], 0),
-        (["evaluation.one_version=true", "staleness.max_staleness_versions=2"], 0),
     ],
 )
 def test_the_lag_where_nothing_is_said(overrides, lag):
@@ -44,7 +43,6 @@ def test_a_deterministic_run_has_no_lag():
     [
         (["weight_sync.max_lag_versions=3"], "must be at most staleness.max_staleness_versions = 1"),
         (['weight_sync.transport="collective"', "weight_sync.max_lag_versions=1"], "to all engines at once"),
-        (["evaluation.one_version=true", "weight_sync.max_lag_versions=1"], "amid its answers"),
         (['weight_sync.senders="all"', "learner.lora={}"], "with adapters that are merged"),
         (['weight_sync.senders="all"', 'weight_sync.wire_dtype="float8"'], "a block of 128 x 128"),
         (['weight_sync.transport="ipc"'], 'needs learner.device = "cuda"'),

@@ -140,6 +140,7 @@ def test_two_clients_at_once_each_get_their_own_answers(serving):
     assert len(serving.run.done) == 200
 
 
+@pytest.mark.alone
 def test_changes_come_one_after_the_other_while_status_and_stop_do_not_wait(serving, client):
     serving.run.delays_s["drain"] = 1.0
     with (
@@ -456,6 +457,7 @@ def test_too_many_requests_of_one_are_refused_by_name_and_nobody_else_is(serving
     serving.end()
 
 
+@pytest.mark.alone
 def test_a_flood_leaves_the_loop_its_turns(serving, client):
     """40,000 requests for status from one client; another one asks meanwhile."""
     with Raw(serving) as raw:

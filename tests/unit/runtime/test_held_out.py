@@ -93,8 +93,8 @@ class Asked:
         self.observer = Observer(recipe, self.sink, self.sink, 0.0)
         self.evaluations = Evaluations(recipe, ["a prompt"], self.observer)
 
-    async def ask(self, fleet, prompts, config, max_new_tokens, label):
-        assert max_new_tokens == 160
+    async def ask(self, fleet, prompts, config, max_new_tokens, label, version):
+        assert max_new_tokens == 160 and version == self.observer.version
         self.began.append(label)
         waits = self.answers.get(label)
         return [[RIGHT]] if waits is None else await waits

@@ -166,6 +166,7 @@ def test_first_asks_each_engine_twice_whenever_it_joined(publisher, engines):
     asked = [set(sync(publisher, version).probe_max_diff) for version in (3, 4, 5)]
     assert asked == [{"late", "later"}, {"later"}, set()]
     engines.do(engines.leave("late"))
+    until(lambda: "late" not in publisher.engines)
     join(publisher, engines, "late")
     assert set(publisher.welcome().probe_max_diff) == {"late"}, "one that comes anew proves itself anew"
 
