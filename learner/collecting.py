@@ -1,7 +1,7 @@
 """Brings the pieces of a bucket from all shards to the first one: exact bytes, in the wire dtype, to nobody else.
 
 `all_to_all` with what every rank has for the first and nothing for the others: unlike `all_gather` and `gather` it knows ranks
-that give unlike amounts, and pads nothing. (gloo, 2 ranks, 32 MB: 8 ms, against 92 and 35.) Casts are done before, so that
+that give unlike amounts, and pads nothing. (gloo, 2 ranks, 16 MB from each: 8 ms, against 92 and 35.) Casts are done before, so that
 half the bytes travel where the wire is bfloat16.
 
 Invariants
@@ -159,6 +159,5 @@ class Collector:
         return self._packed[:size]
 
     def _give_back(self) -> None:
-        self._turn = 0
         if self._device.type != "cpu":
             self._packed, self._buffers = None, [None, None]

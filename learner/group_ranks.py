@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 class GroupRanks:
-    """The ranks of the default process group. Each call is two collectives, sizes and then bytes, on `device`, and ends within the
+    """The ranks of the default process group. Each call is one or two collectives, sizes and then bytes, on `device`, and ends within the
     group's timeout."""
 
     def __init__(self, device: torch.device) -> None:
@@ -22,9 +22,10 @@ class GroupRanks:
             return message
         length = torch.tensor([len(message)], dtype=torch.int64, device=self._device)
         dist.broadcast(length, src=0)
-        body = (
-            self._tensor(message, int(length.item())) if self.rank == 0 else self._empty(int(length.item()))
-        )
+        size = int(length.item())
+        if size == 0:
+            return b""
+        body = self._tensor(message, size) if self.rank == 0 else self._empty(size)
         dist.broadcast(body, src=0)
         return bytes(body.cpu().numpy())
 
@@ -36,6 +37,8 @@ class GroupRanks:
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
         sizes = [int(each.item()) for each in lengths]
+        if not any(sizes):
+            return [b""] * self.size
         bodies = [self._empty(max(sizes)) for _ in range(self.size)]
         dist.all_gather(bodies, self._tensor(message, max(sizes)))
         return [bytes(body[:size].cpu().numpy()) for body, size in zip(bodies, sizes, strict=True)]

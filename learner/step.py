@@ -100,6 +100,11 @@ class Learner:
         return self._training.train(table, version, start)
 
     @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self._device
+
+    @property
     def ranks(self) -> Ranks:
         """The learner's ranks, to talk over. Its calls are collectives."""
         return self._group_ranks

@@ -10,7 +10,6 @@ import contextlib
 import random
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -29,17 +28,18 @@ from asyncrl.recipes.sizes import wire_dtype
 from asyncrl.runtime.checkpoints import Checkpoints
 from asyncrl.runtime.door import Door
 from asyncrl.runtime.part_log import write_log_to
+from asyncrl.runtime.publishing import AnyPublisher, Share, open_publisher, open_share
 from asyncrl.runtime.run_folder import RunFolder
 from asyncrl.runtime.sending import Sender
-from asyncrl.weight_sync.hosts import this_host
+from asyncrl.runtime.sync_choice import Way
+from asyncrl.weight_sync.collective_publisher import CollectivePublisher
 from asyncrl.weight_sync.probe import Probe
-from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.report import SyncReport
-from asyncrl.weight_sync.rolling_publisher import RollingPublisher
-from asyncrl.weight_sync.share import ShareWriter
 from asyncrl.weight_sync.welcomer import Welcomer
 
 _PROBE_TOKENS = 16
+_BROADCASTS = 5
+"""How often a version is broadcast that was called off because an engine dropped out of it: each time without that one."""
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,10 +84,12 @@ class LearnerPart:
     """`start`, `meet` (rank 0), `restore` where the run goes on, `publish` of the present version, then `read` (rank 0) and
     `train` for each step, `checkpoint` between two steps, `save`, `close`."""
 
-    def __init__(self, recipe: Recipe, folder: str, rank: int, address: str, run_id: str, host: str) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: str, rank: int, address: str, run_id: str, host: str, way: Way = "host"
+    ) -> None:
         self._folder = RunFolder(Path(folder))
         write_log_to(self._folder.log(f"learner-{rank}"))
-        self._recipe, self._rank, self._host, self._run_id = recipe, rank, host, run_id
+        self._recipe, self._rank, self._host, self._run_id, self._way = recipe, rank, host, run_id, way
         self._learner = Learner(
             recipe.learner,
             recipe.model.path,
@@ -99,12 +101,8 @@ class LearnerPart:
         sync = recipe.weight_sync
         self._plan = self._learner.plan(sync.bucket_bytes, wire_dtype(recipe), sync.senders)
         self._door: Door | None = None
-        self._publisher: Publisher | None = None
-        self._share = (
-            ShareWriter(self._plan, self._learner.ranks, this_host())
-            if rank and self._plan.senders > 1
-            else None
-        )
+        self._publisher: AnyPublisher | None = None
+        self._share: Share | None = None
         """This rank's part in rank 0's publisher."""
         self._sender: Sender | None = None
         self._welcomer: Welcomer | None = None
@@ -120,19 +118,23 @@ class LearnerPart:
         """Step of the last checkpoint."""
 
     def start(self) -> str:
-        """The endpoint that engines join, on rank 0; empty on the others."""
+        """The endpoint that engines join, on rank 0; empty on the others. A collective."""
+        recipe, learner = self._recipe, self._learner
         if self._rank:
+            self._share = open_share(
+                recipe, self._way, self._plan, learner.ranks, learner.device, host=self._host
+            )
             return ""
-        lag = self._recipe.max_lag_versions
-        kind = partial(RollingPublisher, max_lag_versions=lag) if lag else Publisher
         self._door = Door(read_server_keys(self._folder.keys))
-        self._publisher = kind(
-            self._recipe.weight_sync,
-            self._run_id,
+        self._publisher = open_publisher(
+            recipe,
+            self._way,
             self._plan,
-            self._host,
-            self._door.secure,
-            ranks=self._learner.ranks,
+            learner.ranks,
+            learner.device,
+            run_id=self._run_id,
+            host=self._host,
+            secure=self._door.secure,
         )
         return self._publisher.endpoint
 
@@ -156,18 +158,36 @@ class LearnerPart:
 
     def publish(self, version: int) -> SyncReport | None:
         """Sends the present weights as `version`. A collective; the report is rank 0's."""
-        probe = self._probe()
-        with self._welcomer.paused() if self._welcomer else contextlib.nullcontext():
-            report = self._send(version, probe)
+        report = self._send(version, again=False)
         self._version = version
         return report
 
-    def _send(self, version: int, probe: Probe | None) -> SyncReport | None:
+    def publish_again(self) -> None:
+        """Broadcasts the present version to the engines that are `behind`. A collective."""
+        report = self._send(self._version, again=True)
+        if report is not None:
+            self._welcomes.append(report)
+
+    def _send(self, version: int, *, again: bool) -> SyncReport | None:
+        probe = self._probe()
+        with self._welcomer.paused() if self._welcomer else contextlib.nullcontext():
+            return self._sends().send(version, probe, again=again)
+
+    def behind(self) -> list[str]:
+        """Engines that came since the present version was broadcast; none where they are brought to it by themselves."""
+        if not isinstance(self._publisher, CollectivePublisher) or self._welcomer is None:
+            return []
+        with self._welcomer.paused():
+            return self._publisher.behind
+
+    def _sends(self) -> Sender:
         if self._sender is None:
-            writer = self._publisher or self._share
             timeout_s = self._recipe.weight_sync.timeout_s
-            self._sender = Sender(self._learner, self._plan, writer, timeout_s)
-        return self._sender.send(version, probe)
+            attempts = _BROADCASTS if self._way == "collective" else 1
+            self._sender = Sender(
+                self._learner, self._plan, self._publisher or self._share, timeout_s, attempts
+            )
+        return self._sender
 
     def admit_prompts(self) -> None:
         """Tells the buffer that the present version is live: prompts may come."""

@@ -25,7 +25,6 @@ from asyncrl.runtime.reported import Waits, buffer_facts, step_facts
 from asyncrl.runtime.view import View
 from asyncrl.weight_sync.report import SyncReport
 
-
 _WEIGHTS_KEPT = 4
 """Versions whose digests are shown."""
 

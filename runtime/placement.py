@@ -28,6 +28,7 @@ from asyncrl.recipes.preflight import usable_cores
 from asyncrl.runtime.buffer_part import BufferPart
 from asyncrl.runtime.engine_part import EnginePart
 from asyncrl.runtime.learner_part import LearnerPart
+from asyncrl.runtime.sync_choice import way_of
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest: nothing of size travels through it."""
@@ -98,13 +99,25 @@ def place_learners(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
         port = free_port(hosts[0])
     else:  # only that machine knows
         port = ray.get(ray.remote(free_port).options(**places[0]).remote(hosts[0]), timeout=RESERVE_S)
+    sending = hosts if recipe.weight_sync.senders == "all" else hosts[:1]
+    way = way_of(recipe, sending, _gpus())
     part = ray.remote(LearnerPart)
     return [
         part.options(**places[index], name=f"{run_id}-learner-{index}").remote(
-            recipe, folder, index, f"{hosts[0]}:{port}", run_id, hosts[index]
+            recipe, folder, index, f"{hosts[0]}:{port}", run_id, hosts[index], way
         )
         for index in range(learner.ranks)
     ]
+
+
+def _gpus() -> dict[str, float]:
+    """Machine -> GPUs, of those that have any."""
+    machines = {
+        str(each["NodeManagerAddress"]): each["Resources"].get("GPU", 0.0)
+        for each in ray.nodes()
+        if each["Alive"]
+    }
+    return {host: count for host, count in machines.items() if count}
 
 
 def _host_of(recipe: Recipe, room: PlacementGroup, index: int) -> str:

@@ -23,6 +23,8 @@ from typing import Protocol
 import torch
 
 from asyncrl.learner.step import Learner
+from asyncrl.weight_sync.collective_publisher import CollectivePublisher
+from asyncrl.weight_sync.collective_share import CollectiveShare
 from asyncrl.weight_sync.errors import SyncAborted, WeightSyncError
 from asyncrl.weight_sync.pipeline import Pipeline
 from asyncrl.weight_sync.plan import Bucket, Plan
@@ -59,14 +61,15 @@ class Sender:
         """Whether a gather is a collective."""
         self._buckets = plan.buckets if self._everyones else plan.of(self._ranks.rank)
 
-    def send(self, version: int, probe: Probe | None) -> SyncReport | None:
-        """Sends the present weights as `version`. A collective; the report is rank 0's.
+    def send(self, version: int, probe: Probe | None, *, again: bool = False) -> SyncReport | None:
+        """Sends the present weights as `version`. A collective; the report is rank 0's. `again`: it was committed, and is for the
+        engines that came since.
 
         Raises what this rank's writer raised, or `WeightSyncError` where another rank's did; `SyncAborted` after the last attempt.
         """
         # Ends: with a version that is committed, or after `attempts`.
         for left in reversed(range(self._attempts)):
-            self._write(version)
+            self._write(version, again)
             try:
                 report = self._writer.commit(probe) if self._writer is not None else None
             except SyncAborted as error:
@@ -85,10 +88,10 @@ class Sender:
         """What rank 0 decided. A collective where there is more than one attempt."""
         return self._attempts > 1 and bool(int(self._ranks.share(b"1" if wanted else b"0")))
 
-    def _write(self, version: int) -> None:
+    def _write(self, version: int, again: bool) -> None:
         """Everything that this rank has to do before the commit, and that all others have done theirs. A collective."""
         writer = self._writer
-        fault = _fault_of(partial(writer.begin, version)) if writer is not None else None
+        fault = _fault_of(lambda: _begin(writer, version, again)) if writer is not None else None
         if self._everyones:
             fault = self._put(fault)
         elif fault is None:
@@ -123,6 +126,15 @@ class Sender:
             raise fault
         told = "; ".join(f"learner rank {rank}: {word}" for rank, word in enumerate(words) if word)
         raise WeightSyncError(f"version {version} was not sent, as not every rank could do its part. {told}")
+
+
+def _begin(writer: Writer, version: int, again: bool) -> None:
+    if not again:
+        writer.begin(version)
+    elif isinstance(writer, CollectivePublisher | CollectiveShare):
+        writer.resend(version)
+    else:
+        raise WeightSyncError(f"version {version}: only what is broadcast is sent again")
 
 
 def _fault_of(call: Callable[[], None]) -> Exception | None:

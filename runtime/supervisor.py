@@ -149,9 +149,29 @@ class Supervisor:
             self.observer.published(await ranks.everyone("publish", await self._restored()))
             fleet.endpoint.set_result(endpoint)
         with self.observer.phase(facts.FIRST_SYNC):
-            await fleet.begin()
+            await self._begun(fleet)
             await ranks.first("admit_prompts", timeout_s=_CALL_S)
             await self._checkpointing.begin()
+
+    async def _begun(self, fleet: Fleet) -> None:
+        """Waits for the engines that the run begins with, which have the version then; where it was broadcast before they came, they
+        get it now. Ends when they have it, with what keeps them from it, or when the fleet's own deadline is over."""
+        beginning = asyncio.create_task(fleet.begin())
+        try:
+            while not beginning.done():
+                await asyncio.wait({beginning}, timeout=_READ_S)
+                if not beginning.done():
+                    await self._bring_joiners(fleet)
+            await beginning
+        finally:
+            beginning.cancel()
+            await asyncio.gather(beginning, return_exceptions=True)
+
+    async def _bring_joiners(self, fleet: Fleet) -> None:
+        """To the present version, while the learner waits and its weights are that version's."""
+        if await self._ranks.first("behind"):
+            await self._ranks.everyone("publish_again")
+        fleet.condemn(await self._ranks.first("out_of_service", timeout_s=_CALL_S))
 
     async def _restored(self) -> int:
         """The version to begin with, which learner and buffer have then."""
@@ -208,7 +228,7 @@ class Supervisor:
                 break
             if drained:
                 return False
-            fleet.condemn(await self._ranks.first("out_of_service", timeout_s=_CALL_S))
+            await self._bring_joiners(fleet)
             self.observer.check_progress(stall_s)
         self._waited_s = time.monotonic() - began
         self.observer.learner_state, self.in_training = "training", named(batch)

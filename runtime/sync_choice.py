@@ -1,27 +1,40 @@
-"""Whether a run's versions are broadcast to all engines at once or pulled by each, where the recipe leaves it open. Called by
-`placement`, which knows the machines, before any engine is started.
+"""How a run's versions reach its engines, where the recipe leaves that open: by the machines and GPUs that there are when it starts.
 
-Engines that come later are on one of the machines of a cluster; which, is not known then. So the decision takes each machine that
-has room for one: where any is another than the learner's, and everything computes on GPUs, versions are broadcast.
+Called by `placement`, before any engine is started. Engines that come later are on one of these machines; on which, is not known
+then. So the decision takes each machine that has room for one: where any is another than the learner's, and everything computes on
+GPUs, versions are broadcast; where all share the one GPU that there is, they stay in its memory. In every other case each engine
+pulls them in its own way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from asyncrl.recipes import Recipe
 from asyncrl.weight_sync.topology import Place, is_collective
 
+Way = Literal["collective", "device", "host"]
+"""Broadcast; pulled out of a GPU's memory; pulled out of the host's memory, which an engine elsewhere does over TCP."""
 
-def broadcasts(recipe: Recipe, learner_hosts: Sequence[str], gpu_hosts: Sequence[str]) -> bool:
-    """`learner_hosts`: of the ranks that send, rank 0 first. `gpu_hosts`: the machines with GPUs."""
+
+def way_of(recipe: Recipe, learner_hosts: Sequence[str], gpus: Mapping[str, float]) -> Way:
+    """`learner_hosts`: of the ranks that send, rank 0 first. `gpus`: machine -> how many it has, of those that have any."""
+    sync = recipe.weight_sync
     on_gpus = recipe.learner.device == "cuda" and all(pool.device == "cuda" for pool in recipe.pools)
+    if sync.transport == "ipc" or (
+        sync.transport == "auto"
+        and on_gpus
+        and len(learner_hosts) == 1
+        and dict(gpus) == {learner_hosts[0]: 1}
+    ):
+        return "device"
 
     def place(index: int, host: str) -> Place:
         return Place(host=host, gpus=(f"{host}/{index}",) if on_gpus else ())
 
     senders = [place(index, host) for index, host in enumerate(learner_hosts)]
     # A GPU of an engine is none of the learner's: Ray gives each to one of them.
-    engines = [place(len(senders) + index, host) for index, host in enumerate(gpu_hosts)]
-    sync = recipe.weight_sync
-    return is_collective(sync.transport, senders, engines, max_lag_versions=sync.max_lag_versions)
+    engines = [place(len(senders) + index, host) for index, host in enumerate(gpus)]
+    together = is_collective(sync.transport, senders, engines, max_lag_versions=sync.max_lag_versions)
+    return "collective" if together else "host"

@@ -14,11 +14,10 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol
 
 from asyncrl.weight_sync.errors import WeightSyncError
-from asyncrl.weight_sync.publisher import Publisher
 from asyncrl.weight_sync.report import SyncReport
 
 logger = logging.getLogger(__name__)
@@ -30,6 +29,12 @@ _KEPT: Final = 1000
 """Reports that are kept until they are taken; the oldest go first."""
 
 
+class Welcoming(Protocol):
+    """A publisher, as far as it is used here."""
+
+    def welcome(self, give_way: Callable[[], bool]) -> SyncReport | None: ...
+
+
 class _Closing(Exception):
     """Ends a welcome under way."""
 
@@ -37,7 +42,7 @@ class _Closing(Exception):
 class Welcomer:
     """The thread. It runs from its making until `close`."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Welcoming) -> None:
         self._publisher = publisher
         self._lock = threading.Lock()
         self._wanted = threading.Event()

@@ -13,7 +13,7 @@ from rank_processes import run_ranks
 
 RANK = textwrap.dedent(
     """
-    import os, subprocess, sys, time
+    import atexit, os, subprocess, sys, time
     from pathlib import Path
     import msgspec, torch
     from asyncrl.learner.config import LearnerConfig
@@ -36,6 +36,8 @@ RANK = textwrap.dedent(
     if rank == 0:
         writer = Publisher(WeightSyncConfig(timeout_s=30.0), run_id, plan, ranks=learner.ranks)
         engine = subprocess.Popen([sys.executable, engine_script, writer.endpoint, "engine"], stdout=subprocess.DEVNULL)
+        atexit.register(engine.kill)  # where an assertion fails
+        atexit.register(writer.close)
         writer.wait_for_engines({"engine"}, 60)
     elif senders == "all":
         writer = ShareWriter(plan, learner.ranks, this_host())

@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import one_gpu  # noqa: E402
+import one_gpu
 
 if torch.cuda.is_available():
     os.environ.update(one_gpu.environment(1, torch.cuda.device_count()))

@@ -1,30 +1,33 @@
-"""Broadcast or pulled, by the machines that there are when a run starts."""
+"""Broadcast or pulled, by the machines and GPUs that there are when a run starts."""
 
 from pathlib import Path
 
 import pytest
 
 from asyncrl.recipes import load_recipe
-from asyncrl.runtime.sync_choice import broadcasts
+from asyncrl.runtime.sync_choice import way_of
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "recipes" / "quickstart.toml"
 CUDA = ('learner.device="cuda"', 'pools=[{ name = "a", device = "cuda", engines = 2, concurrency = 8 }]')
 
 
 @pytest.mark.parametrize(
-    ("overrides", "learners", "machines", "expected"),
+    ("overrides", "learners", "gpus", "expected"),
     [
-        ((), ["a"], [], False),
-        (('weight_sync.transport="collective"',), ["a"], [], True),
-        (('weight_sync.transport="tcp"', *CUDA), ["a"], ["a", "b"], False),
-        (CUDA, ["a"], ["a"], False),
-        (CUDA, ["a", "a"], ["a", "b"], True),
-        (CUDA, ["a"], ["b"], True),
-        ((*CUDA, "weight_sync.max_lag_versions=1"), ["a"], ["a", "b"], False),
-        ((*CUDA, "weight_sync.max_lag_versions=0"), ["a"], ["a", "b"], True),
-        ((CUDA[0],), ["a"], ["a", "b"], False),
-        ((CUDA[1],), ["a"], ["a", "b"], False),
+        ((), ["a"], {}, "host"),
+        (('weight_sync.transport="collective"',), ["a"], {}, "collective"),
+        (('weight_sync.transport="tcp"', *CUDA), ["a"], {"a": 8, "b": 8}, "host"),
+        (('weight_sync.transport="ipc"', *CUDA), ["a"], {"a": 8}, "device"),
+        (CUDA, ["a"], {"a": 1}, "device"),
+        (('weight_sync.transport="shm"', *CUDA), ["a"], {"a": 1}, "host"),
+        (CUDA, ["a"], {"a": 8}, "host"),
+        (CUDA, ["a", "a"], {"a": 8, "b": 8}, "collective"),
+        (CUDA, ["a"], {"a": 1, "b": 1}, "collective"),
+        ((*CUDA, "weight_sync.max_lag_versions=1"), ["a"], {"a": 8, "b": 8}, "host"),
+        ((*CUDA, "weight_sync.max_lag_versions=0"), ["a"], {"a": 8, "b": 8}, "collective"),
+        ((CUDA[0],), ["a"], {"a": 8, "b": 8}, "host"),
+        ((CUDA[1],), ["a"], {"a": 1}, "host"),
     ],
 )
-def test_gpus_on_several_machines_are_broadcast_to(overrides, learners, machines, expected):
-    assert broadcasts(load_recipe(QUICKSTART, overrides), learners, machines) is expected
+def test_the_way_of_the_weights(overrides, learners, gpus, expected):
+    assert way_of(load_recipe(QUICKSTART, overrides), learners, gpus) == expected

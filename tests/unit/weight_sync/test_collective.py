@@ -206,6 +206,10 @@ def test_an_engine_that_leaves_and_comes_again_is_in_a_new_group():
         send(MIXED, senders, 0)
         first = publisher._group[2]
         engines.do(engines.leave("a"))
+        deadline = time.monotonic() + 10
+        while "a" in publisher.engines and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert publisher.engines == {"b": 0}
         engines.start("a")
         publisher.wait_for_engines({"a", "b"}, 20)
         assert {name: each.outcome for name, each in send(MIXED, senders, 1).engines.items()} == {
@@ -283,6 +287,21 @@ def test_an_engine_killed_mid_bucket_is_named_and_the_others_get_the_version_at_
         for name in "ac":
             ran = [(version, answer.strip()) for version, answer in run.engines[name].versions(2)]
             assert ran == [(version, str(answers(plan, version))) for version in (0, 1)]
+
+
+def test_an_engine_that_dies_before_the_group_is_made_holds_nobody():
+    with publishing(LARGE) as senders, Processes(senders[0], "a", "b") as run:
+        run.signal("b", signal.SIGSTOP)  # so that it cannot come to the group
+        killer = threading.Timer(1.0, run.signal, ("b", signal.SIGKILL))
+        killer.start()
+        started = time.monotonic()
+        with pytest.raises(SyncAborted) as caught:
+            send(LARGE, senders, 0)
+        killer.join()
+        assert time.monotonic() - started < 8.0
+        outcomes = {name: each.outcome for name, each in caught.value.report.members.items()}
+        assert outcomes == {"a": "kept", "b": "lost"}
+        assert send(LARGE, senders, 0).engines["a"].outcome == "applied"
 
 
 def test_an_engine_stopped_mid_bucket_is_late_by_the_deadline_and_nobody_else_is():

@@ -11,10 +11,11 @@ import pytest
 import torch
 from offers import Offers, fill, offer_of, path_of
 
-from asyncrl.weight_sync.errors import ChecksumError, SharedMemoryError
+from asyncrl.weight_sync.errors import ChecksumError, SharedMemoryError, WeightSyncError
 from asyncrl.weight_sync.mappings import KEPT, Mappings, is_worth_keeping
 from asyncrl.weight_sync.plan import make_plan
 from asyncrl.weight_sync.slots import Slots
+from asyncrl.weight_sync.version_bytes import open_version, tensors_of
 
 WEIGHTS = {"a": torch.arange(50_000.0), "b": torch.arange(7.0)}
 
@@ -97,6 +98,20 @@ def test_what_is_written_to_a_private_mapping_does_not_reach_the_file(offers):
     offer = offers.write(0, WEIGHTS)
     Mappings(private=True).of(offer).data[0:1] = b"\xff"
     Mappings().verified(offer)
+
+
+def test_a_worker_reads_each_version_from_the_file_that_was_verified_and_no_other(offers):
+    engine = Mappings()
+    for version in range(5):
+        weights = {name: tensor + version for name, tensor in WEIGHTS.items()}
+        offer = offers.write(version, weights)
+        inode = engine.verified(offer).inode
+        opened = open_version(offer, inode, torch.device("cpu"))
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in tensors_of(offer, opened))
+        opened.verify()
+        opened.close()
+        with pytest.raises(WeightSyncError, match="not the file that was verified"):
+            open_version(offer, inode + 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

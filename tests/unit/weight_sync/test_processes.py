@@ -50,9 +50,9 @@ class Fleet:
 
     def corrupt(self, slot: int) -> None:
         with open(slot_path(self.run_id, slot), "r+b") as file:
-            file.seek(PLAN.buckets[1].start + 5)
+            file.seek(PLAN.buckets[1].runs[0].offset + 5)
             byte = file.read(1)[0]
-            file.seek(PLAN.buckets[1].start + 5)
+            file.seek(PLAN.buckets[1].runs[0].offset + 5)
             file.write(bytes([byte ^ 0x10]))
 
 
@@ -94,7 +94,7 @@ def sums_of(run: Fleet, version: int) -> list[int]:
     run.publisher.begin(version)
     for bucket in PLAN.buckets:
         run.publisher.write(bucket, [torch.randn(piece.count) for piece in bucket.pieces])
-    sums = list(run.publisher._draft.offer().checksums)
+    sums = run.publisher._draft.checksums
     run.publisher.abandon()
     return sums
 

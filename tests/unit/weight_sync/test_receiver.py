@@ -144,7 +144,9 @@ def test_tokens_stay_in_until_the_probe_is_right_and_for_ever_where_it_is_wrong(
         async with connected() as hand:
             await hand.tell(hand.propose(1, version=3))
             await hand.hear()
-            await hand.tell(wire.Apply(attempt=1, probe=msgspec.structs.replace(PROBE, logprobs=(-5.0, -6.5))))
+            await hand.tell(
+                wire.Apply(attempt=1, probe=msgspec.structs.replace(PROBE, logprobs=(-5.0, -6.5)))
+            )
             failed = await hand.hear()
             assert isinstance(failed, wire.Failed) and failed.probe == (-5.0, -6.0)
             assert "engine engine at version 3, probe logprob 1" in failed.error

@@ -1,0 +1,39 @@
+"""Whole runs whose weights travel over each transport that needs no GPU, from one learner rank and from two; engines die on the
+way, and those that take their place get the weights on the same path."""
+
+import pytest
+
+from tests.e2e.runs import launched, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("senders", ["one", "all"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "collective"])
+def test_a_run_over_each_transport_with_an_engine_that_dies(tmp_path, model, transport, senders):
+    changes = (
+        f'weight_sync.transport="{transport}"',
+        f'weight_sync.senders="{senders}"',
+        "weight_sync.bucket_bytes=65536",
+        'weight_sync.verify="always"',
+        "learner.ranks=2",
+        "run.steps=24",
+        "evaluation.source=",
+        "pools.0.fake.step_s=0.01",
+    )
+    with launched(tmp_path, model, *changes) as run:
+        run.wait_for_step()
+        run.engine("fake-1").kill()
+        run.wait_for(r"^note +engine fake-1 died \(.*\); starting it again in \d s")
+        run.wait_until(lambda: run.status()["snapshot"]["pools"][0]["engines_serving"] == 2)
+        weights = run.status()["snapshot"]["weights"]
+        children = run.descendants()
+        assert run.end(240) == 0, run.text
+        assert run.left_over(children) == []
+    summary = run.summary
+    assert summary["outcome"] == "finished" and summary["steps_done"] == 24, run.text
+    assert summary["conservation"]["holds"] and summary["tokens_past_bound"] == 0
+    assert weights
