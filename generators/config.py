@@ -97,6 +97,9 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     tensor_parallel: Positive = 1
     memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.85
     """Share of each GPU that weights and KV cache may take (CUDA)."""
+    gpu_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Part of a GPU that an engine takes on Ray's books; below 1 it shares one with the learner or other engines, and
+    `memory_fraction` must leave them room. Above one GPU (`tensor_parallel`) it is 1."""
     kv_cache_bytes: Positive = 2**30
     """KV cache of each engine (CPU)."""
     cores: Positive = 1

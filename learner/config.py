@@ -57,6 +57,8 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     device: Literal["cpu", "cuda"] = "cuda"
     cores: Positive = 1
     """Threads per rank (CPU)."""
+    gpu_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Part of a GPU that a rank takes on Ray's books; below 1 it shares one with engines."""
     learning_rate: PositiveFloat = 1e-6
     warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up."""

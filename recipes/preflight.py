@@ -184,11 +184,11 @@ def _cores(recipe: Recipe) -> Iterator[Problem]:
 
 def _gpus(recipe: Recipe) -> Iterator[Problem]:
     pools = [p for p in recipe.pools if p.device == "cuda" and p.engine == "vllm"]
-    wanted = sum(p.engines_to_begin * p.tensor_parallel for p in pools)
-    parts = [f"{p.engines_to_begin} x {p.tensor_parallel} ({p.name})" for p in pools]
+    wanted = sum(p.engines_to_begin * p.tensor_parallel * p.gpu_share for p in pools)
+    parts = [f"{p.engines_to_begin} x {p.tensor_parallel * p.gpu_share:g} ({p.name})" for p in pools]
     if recipe.learner.device == "cuda":
-        wanted += recipe.learner.ranks
-        parts.append(f"{recipe.learner.ranks} (learner)")
+        wanted += recipe.learner.ranks * recipe.learner.gpu_share
+        parts.append(f"{recipe.learner.ranks * recipe.learner.gpu_share:g} (learner)")
     have = local_gpus() if wanted else 0
     if wanted > have:
         yield Problem(
@@ -226,15 +226,15 @@ def _memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
 
 
 def _shared_memory(recipe: Recipe, model: ModelFacts | None) -> Iterator[Problem]:
-    if model is None:
+    if model is None or recipe.version_slots == 0:
         return
-    wanted = 2 * wire_bytes(recipe, model) + _SHM_SPARE_BYTES
+    wanted = recipe.version_slots * wire_bytes(recipe, model) + _SHM_SPARE_BYTES
     have = shutil.disk_usage("/dev/shm").free
     if wanted > have:
         yield Problem(
             "weight_sync.transport",
             repr(recipe.weight_sync.transport),
-            f"two versions need {amount(wanted)} in /dev/shm, {amount(have)} are free: "
+            f"{recipe.version_slots} versions need {amount(wanted)} in /dev/shm, {amount(have)} are free: "
             "free some, or give the container more (docker run --shm-size)",
         )
 

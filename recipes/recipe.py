@@ -121,6 +121,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return lag_of(self)
 
     @property
+    def version_slots(self) -> int:
+        """Versions that the learner's host holds in shared memory for engines to read; 0 where its memory holds none."""
+        if self.weight_sync.transport in ("collective", "ipc"):
+            return 0
+        return max(2, self.max_lag_versions)
+
+    @property
     def held_groups_limit(self) -> int:
         """Prompts that may be under way at once: (max_staleness_versions + 1) x prompts_per_step."""
         return (self.staleness.max_staleness_versions + 1) * self.prompts.prompts_per_step

@@ -100,7 +100,16 @@ def _model_sizes(recipe: Recipe, model: Weights) -> list[Size]:
             f"{buckets:,}",
             f"{amount(sent)} / {amount(recipe.weight_sync.bucket_bytes)}",
         ),
-        Size("shared memory for weights", amount(2 * sent), "2 slots x bytes per version"),
+        Size(
+            "shared memory for weights",
+            amount(recipe.version_slots * sent),
+            f"{recipe.version_slots} versions x bytes per version",
+        ),
+        Size(
+            "versions that engines may be behind",
+            str(recipe.max_lag_versions),
+            "the learner goes on meanwhile" if recipe.max_lag_versions else "the learner waits for all",
+        ),
     ]
 
 

@@ -74,9 +74,23 @@ def _senders(recipe: Recipe) -> Iterator[Broken]:
 
 def _devices(recipe: Recipe) -> Iterator[Broken]:
     sync = recipe.weight_sync
+    if sync.transport == "ipc" and recipe.learner.gpu_share == 1:
+        yield (
+            "learner.gpu_share",
+            "1",
+            'must be below 1 with weight_sync.transport = "ipc": engines are on that GPU, too',
+        )
     if sync.transport == "ipc" and recipe.learner.device != "cuda":
         yield "weight_sync.transport", '"ipc"', 'needs learner.device = "cuda": it shares the memory of a GPU'
     for i, pool in enumerate(recipe.pools):
+        if pool.gpu_share < 1 and pool.tensor_parallel > 1:
+            yield f"pools[{i}].gpu_share", f"{pool.gpu_share:g}", "must be 1 with tensor_parallel above 1"
+        if sync.transport == "ipc" and pool.gpu_share == 1:
+            yield (
+                f"pools[{i}].gpu_share",
+                "1",
+                'must be below 1 with weight_sync.transport = "ipc": the learner is on that GPU, too',
+            )
         if sync.transport == "ipc" and (pool.device != "cuda" or pool.engine != "vllm"):
             yield "weight_sync.transport", '"ipc"', f"needs vLLM engines on CUDA, pools[{i}] is not"
 

@@ -19,7 +19,7 @@ from asyncrl.recipes import Recipe
 from asyncrl.runtime.sync_choice import Way
 from asyncrl.weight_sync.collective_publisher import CollectivePublisher
 from asyncrl.weight_sync.collective_share import CollectiveShare
-from asyncrl.weight_sync.device_memory import DeviceSlots
+from asyncrl.weight_sync.device_memory import slots_on
 from asyncrl.weight_sync.hosts import this_host
 from asyncrl.weight_sync.plan import Plan
 from asyncrl.weight_sync.publisher import Publisher
@@ -48,7 +48,7 @@ def open_publisher(
     if way == "collective":
         return CollectivePublisher(sync, plan, host, secure, ranks=ranks, device=device)
     kind = partial(RollingPublisher, max_lag_versions=lag) if lag else Publisher
-    slots = _device_slots(plan, device, lag) if way == "device" else None
+    slots = slots_on(device, plan) if way == "device" else None
     return kind(sync, run_id, plan, host, secure, device=slots, ranks=ranks)
 
 
@@ -61,10 +61,3 @@ def open_share(
     if way == "collective":
         return CollectiveShare(recipe.weight_sync, plan, ranks, host, device)
     return ShareWriter(plan, ranks, this_host())
-
-
-def _device_slots(plan: Plan, device: torch.device, lag: int) -> DeviceSlots:
-    """One version, as a GPU's memory is dear; a second one where engines may be behind."""
-    from asyncrl.weight_sync.cuda_memory import Allocation
-
-    return DeviceSlots(plan, partial(Allocation, device=device), count=2 if lag else 1)

@@ -44,7 +44,7 @@ from asyncrl.weight_sync.share import Begun, Written, gather_checksums, tell
 from asyncrl.weight_sync.shm import SLOTS
 from asyncrl.weight_sync.slots import Slots
 from asyncrl.weight_sync.sockets import Secure
-from asyncrl.weight_sync.topology import Place, pulled_by
+from asyncrl.weight_sync.topology import pulled_by
 from asyncrl.weight_sync.transaction import Transaction
 from asyncrl.weight_sync.verification import differences, shared_fault
 from asyncrl.weight_sync.version import Version
@@ -96,7 +96,7 @@ class Publisher:
             raise
         self.endpoint = self._members.endpoint
         self._transport = config.transport
-        self._place = Place(host=this_host())
+        self._host = this_host()
         self._served = ServedVersions(plan, host, secure, deltas=config.delta)
         self._draft: Version | None = None
         self._live: Version | None = None
@@ -125,7 +125,7 @@ class Publisher:
         except Exception as error:
             tell(self._ranks, Begun(version=version, error=str(error)))
             raise
-        tell(self._ranks, Begun(version=version, path=str(self._draft.slot.path), host=self._place.host))
+        tell(self._ranks, Begun(version=version, path=str(self._draft.slot.path), host=self._host))
 
     def _begin(self, version: int) -> Version:
         if self._closed:
@@ -218,8 +218,8 @@ class Publisher:
         """Where this engine gets the version's bytes."""
         if isinstance(version.slot, DeviceSlot):
             return version.slot.source(version.checksums)
-        engine = Place(host=self._members.roster.joins[engine_id].host)
-        pulled = pulled_by(self._place, engine) if self._transport == "auto" else self._transport
+        engine_host = self._members.roster.joins[engine_id].host
+        pulled = pulled_by(self._host, engine_host) if self._transport == "auto" else self._transport
         if pulled == "tcp":
             return self._served.source(version)
         return SharedFile(path=str(version.slot.path))

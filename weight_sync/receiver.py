@@ -86,10 +86,9 @@ class Receiver:
         engine_id: str,
         *,
         secure: Secure | None = None,
-        devices: tuple[str, ...] = (),
     ) -> None:
         """`engine_id` is unique among the publisher's engines; an engine started again uses its old one. `secure` is called on
-        the socket before it connects. `devices`: UUIDs of the GPUs that the engine runs on."""
+        the socket before it connects."""
         self.version = -1
         """The last one applied, -1 for none."""
         self.digest = ""
@@ -98,7 +97,6 @@ class Receiver:
         self._endpoint = endpoint
         self._engine_id = engine_id
         self._secure = secure
-        self._devices = devices
         self._fetching = Fetching(engine_id, secure)
         self._staging: asyncio.Task[None] | None = None
         """Of the present attempt, while it is under way."""
@@ -156,7 +154,7 @@ class Receiver:
             polling.cancel()
 
     def _join(self) -> wire.Join:
-        return wire.Join(version=self.version, host=this_host(), devices=self._devices)
+        return wire.Join(version=self.version, host=this_host())
 
     async def wait_for_version(self, version: int, timeout_s: float) -> None:
         """Return when `version` or a later one is live. Raises `VersionTimeout` after `timeout_s`, and

@@ -1,25 +1,24 @@
 """Which transport carries weights, by where the learner and the engines are. Pure: facts in, decisions out.
 
-    transport = "auto"                                              a run's   an engine's
-    on the GPU of the learner's rank 0, on that one alone              pulled    ipc
-    on its host (one /dev/shm)                                         pulled    shm
-    elsewhere, and all of the learner and the engines on GPUs         collective, over NCCL
-    elsewhere                                                          pulled    tcp
+    transport = "auto"                                                    a run's      an engine's
+    all on the one GPU that there is (`runtime.sync_choice`)              pulled       ipc
+    all of the learner and the engines on GPUs, some on other hosts       collective   over NCCL
+    else: on the learner's host (one /dev/shm)                            pulled       shm
+          elsewhere                                                       pulled       tcp
 
-Pulled transports mix, one for each engine, so a run of several places needs no common one. A collective takes every engine or
-none; NCCL refuses two ranks on one GPU; and a collective cannot roll, as it brings all engines to a version at once.
-Called by the learner's part of a run, with what is known of places when it starts (`collective_backend`, `is_collective`, `faults`)
-and of an engine when it joins (`pulled_by`).
+`shm` and `tcp` mix, one for each engine. A collective takes every engine or none; NCCL refuses two ranks on one GPU; and a
+collective cannot roll, as it brings all engines to a version at once.
+Called when a run starts, with what is known of places then (`is_collective`), and by the publisher for each engine (`pulled_by`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-Pulled = Literal["ipc", "shm", "tcp"]
+Pulled = Literal["shm", "tcp"]
 Backend = Literal["nccl", "gloo"]
 Transport = Literal["auto", "shm", "tcp", "ipc", "collective"]
 
@@ -33,12 +32,9 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """UUIDs of its GPUs, the one that it receives on first; none for the CPU."""
 
 
-def pulled_by(sender: Place, engine: Place, *, senders: int = 1) -> Pulled:
-    """How an engine gets a version that lies with the learner. `sender` is its rank 0; with several `senders` the version is whole
-    only in the host's memory."""
-    if senders == 1 and len(engine.gpus) == 1 and engine.gpus == sender.gpus and engine.host == sender.host:
-        return "ipc"
-    return "shm" if engine.host == sender.host else "tcp"
+def pulled_by(learner_host: str, engine_host: str) -> Pulled:
+    """How an engine gets a version that lies in the memory of the learner's host. Hosts are named by `hosts.this_host`."""
+    return "shm" if engine_host == learner_host else "tcp"
 
 
 def collective_backend(senders: Sequence[Place], engines: Sequence[Place]) -> Backend:
@@ -57,23 +53,3 @@ def is_collective(
         return transport == "collective"
     remote = any(engine.host != senders[0].host for engine in engines)
     return remote and not max_lag_versions and collective_backend(senders, engines) == "nccl"
-
-
-def faults(transport: Transport, senders: Sequence[Place], engines: Mapping[str, Place]) -> Iterator[str]:
-    """Why `transport` cannot reach each of `engines`, one sentence for each that it cannot."""
-    first = senders[0]
-    for name, engine in engines.items():
-        if transport == "shm" and engine.host != first.host:
-            yield (
-                f"engine {name} does not see the learner's /dev/shm: on another host, in a container without it, or of another "
-                f'user; let weight_sync.transport be "auto" or "tcp"'
-            )
-        if transport == "ipc" and pulled_by(first, engine, senders=len(senders)) != "ipc":
-            yield (
-                f"engine {name} runs on {_named(engine)}, the learner's rank 0 on {_named(first)}: expected the same one GPU, one "
-                f'host and senders = "one"; let weight_sync.transport be "auto" or "shm"'
-            )
-
-
-def _named(place: Place) -> str:
-    return " and ".join(place.gpus) or "the CPU"

@@ -118,8 +118,6 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
     """The one I run, -1 for none."""
     host: str = ""
     """What names the memory that I can map: see `hosts.this_host`."""
-    devices: tuple[str, ...] = ()
-    """UUIDs of the GPUs that I run on."""
 
 
 class Leave(msgspec.Struct, frozen=True, kw_only=True, tag="leave"):

@@ -50,6 +50,9 @@ def test_a_deterministic_run_has_no_lag():
             ['weight_sync.transport="ipc"', 'learner.device="cuda"'],
             "needs vLLM engines on CUDA, pools[0] is not",
         ),
+        (['weight_sync.transport="ipc"'], "learner.gpu_share = 1: must be below 1"),
+        (['weight_sync.transport="ipc"'], "pools[0].gpu_share = 1: must be below 1"),
+        (["pools.0.gpu_share=0.5", "pools.0.tensor_parallel=2"], "must be 1 with tensor_parallel above 1"),
         (["weight_sync.bucket_bytes=100"], "bucket_bytes"),
     ],
 )
@@ -57,9 +60,25 @@ def test_what_does_not_go_together_is_refused(overrides, message):
     assert message in sync_problems(*overrides)
 
 
+def test_the_versions_in_shared_memory():
+    slots = {
+        (): 2,
+        ("staleness.max_staleness_versions=4", "weight_sync.max_lag_versions=3"): 3,
+        ('weight_sync.transport="tcp"',): 2,
+        ('weight_sync.transport="collective"',): 0,
+    }
+    assert {key: load_recipe(QUICKSTART, key).version_slots for key in slots} == slots
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
+        [
+            'weight_sync.transport="ipc"',
+            'learner.device="cuda"',
+            "learner.gpu_share=0.5",
+            'pools=[{ name = "a", device = "cuda", concurrency = 8, gpu_share = 0.5, memory_fraction = 0.4 }]',
+        ],
         ['weight_sync.senders="all"', "learner.ranks=2"],
         ['weight_sync.senders="all"', 'learner.lora={ sync = "adapter" }'],
         ['weight_sync.transport="tcp"', "weight_sync.delta=false"],

@@ -9,6 +9,11 @@ from asyncrl.runtime.sync_choice import way_of
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "recipes" / "quickstart.toml"
 CUDA = ('learner.device="cuda"', 'pools=[{ name = "a", device = "cuda", engines = 2, concurrency = 8 }]')
+SHARED = (
+    'learner.device="cuda"',
+    "learner.gpu_share=0.5",
+    'pools=[{ name = "a", device = "cuda", concurrency = 8, gpu_share = 0.5, memory_fraction = 0.4 }]',
+)
 
 
 @pytest.mark.parametrize(
@@ -17,8 +22,8 @@ CUDA = ('learner.device="cuda"', 'pools=[{ name = "a", device = "cuda", engines 
         ((), ["a"], {}, "host"),
         (('weight_sync.transport="collective"',), ["a"], {}, "collective"),
         (('weight_sync.transport="tcp"', *CUDA), ["a"], {"a": 8, "b": 8}, "host"),
-        (('weight_sync.transport="ipc"', *CUDA), ["a"], {"a": 8}, "device"),
-        (CUDA, ["a"], {"a": 1}, "device"),
+        (('weight_sync.transport="ipc"', *SHARED), ["a"], {"a": 8}, "device"),
+        (SHARED, ["a"], {"a": 1}, "device"),
         (('weight_sync.transport="shm"', *CUDA), ["a"], {"a": 1}, "host"),
         (CUDA, ["a"], {"a": 8}, "host"),
         (CUDA, ["a", "a"], {"a": 8, "b": 8}, "collective"),
