@@ -11,16 +11,16 @@ def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("senders", ["one", "all"])
-@pytest.mark.parametrize("transport", ["shm", "tcp", "collective"])
+@pytest.mark.parametrize(
+    ("transport", "senders"), [("shm", "all"), ("tcp", "all"), ("collective", "one"), ("collective", "all")]
+)
 def test_a_run_over_each_transport_with_an_engine_that_dies(tmp_path, model, transport, senders):
     changes = (
         f'weight_sync.transport="{transport}"',
         f'weight_sync.senders="{senders}"',
         "weight_sync.bucket_bytes=65536",
-        'weight_sync.verify="always"',
         "learner.ranks=2",
-        "run.steps=24",
+        "run.steps=40",
         "evaluation.source=",
         "pools.0.fake.step_s=0.01",
     )
@@ -29,11 +29,14 @@ def test_a_run_over_each_transport_with_an_engine_that_dies(tmp_path, model, tra
         run.engine("fake-1").kill()
         run.wait_for(r"^note +engine fake-1 died \(.*\); starting it again in \d s")
         run.wait_until(lambda: run.status()["snapshot"]["pools"][0]["engines_serving"] == 2)
-        weights = run.status()["snapshot"]["weights"]
+        snapshot = run.status()["snapshot"]
         children = run.descendants()
         assert run.end(240) == 0, run.text
         assert run.left_over(children) == []
     summary = run.summary
-    assert summary["outcome"] == "finished" and summary["steps_done"] == 24, run.text
+    assert summary["outcome"] == "finished" and summary["steps_done"] == 40, run.text
     assert summary["conservation"]["holds"] and summary["tokens_past_bound"] == 0
-    assert weights
+    for engine in snapshot["engines"]:
+        written = snapshot["weights"].get(str(engine["version"]))
+        assert engine["weights"] == written or written is None
+    assert any(engine["weights"] for engine in snapshot["engines"])
