@@ -186,6 +186,7 @@ class VLLMWorld(World):
         kv_cache_bytes: int = 2**27,
         hidden_size: int = 64,
         float8: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         tiny.write_model(folder, tied=tied, hidden_size=hidden_size)
         self.tied = tied
@@ -203,6 +204,7 @@ class VLLMWorld(World):
             memory_fraction=0.3,
             dtype="float32" if dtype == "float32" else "bfloat16",
             start_timeout_s=240.0,
+            tensor_parallel=tensor_parallel,
         )
         self.vllm = VLLMEngine(
             self.pool,
