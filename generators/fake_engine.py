@@ -28,6 +28,7 @@ import msgspec
 from asyncrl.generators.engine import Chunk, EngineDead, EngineStats, GenerationRequest
 from asyncrl.generators.fake_batch import Batch, Stream
 from asyncrl.generators.fake_speech import GREEDY_SEED, Lengths, Speech, probe_logprobs, weights_digest
+from asyncrl.generators.hearing import Hearing
 from asyncrl.generators.in_flight import AnswerLengths, InFlight, RequestFacts, is_recomputed
 from asyncrl.weight_sync.checksum import bucket_checksum
 from asyncrl.weight_sync.shm import map_version
@@ -91,11 +92,7 @@ class FakeEngine:
         """Held by a step, and by `apply` between two steps."""
         self._stepping: asyncio.Task[None] | None = None
         self._dead: str | None = None
-        self._heard = asyncio.Event()
-        """Clear while tokens stay in."""
-        self._heard.set()
-        self._muted = False
-        """It died while they did."""
+        self._hearing = Hearing()
         self._generated = 0
         self._stall_s = 0.0
 
@@ -127,9 +124,7 @@ class FakeEngine:
                 await stream.ready.wait()
                 stream.ready.clear()
                 chunk = stream.take()
-                await self._heard.wait()
-                if self._muted:
-                    raise EngineDead(f"{self._dead}, before its new weights were proven")
+                await self._hearing.heard()
                 if chunk.tokens or chunk.finish_reason:
                     yield chunk
                 if chunk.finish_reason:
@@ -174,9 +169,8 @@ class FakeEngine:
 
     def die(self, reason: str) -> None:
         """As if the engine's processes ended: every open stream and every later call raises `EngineDead`."""
-        if self._dead is None:
-            self._dead, self._muted = reason, not self._heard.is_set()
-            self._heard.set()
+        self._dead = self._dead or reason
+        self._hearing.end(self._dead)
         for stream in self._batch.clear():
             stream.end(error=EngineDead(self._dead))
         self._work.set()
@@ -212,13 +206,11 @@ class FakeEngine:
 
     def hold(self) -> None:
         """See `WeightTarget`."""
-        if self._dead is None:
-            self._heard.clear()
+        self._hearing.hold()
 
     def release(self) -> None:
         """See `WeightTarget`."""
-        if not self._muted:
-            self._heard.set()
+        self._hearing.release()
 
     async def probe(self, tokens: Sequence[int]) -> list[float]:
         """See `WeightTarget`: `probe_logprobs` of the bytes last applied."""

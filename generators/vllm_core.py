@@ -4,7 +4,7 @@ Invariants
 ----------
 - Once it has ended, for whatever reason, every open and every waiting stream raises `EngineDead`, and nothing serves again.
 - `version` is -1 until weights are written; only `vllm_weights` sets it.
-- What is sampled while it holds comes out after the release, or never, where it ends first.
+- What is sampled while `hearing` holds comes out after the release, or never, where it ends first.
 Called by `vllm_engine`, `vllm_requests` and `vllm_weights`, on one event loop. Importing this module does not import vLLM;
 `start` does.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from asyncrl.generators.engine import EngineDead
 from asyncrl.generators.gate import Gate
+from asyncrl.generators.hearing import Hearing
 from asyncrl.generators.vllm_start import Launch, adapter_request, launch, stop
 from asyncrl.generators.vllm_stream import CoreStats
 
@@ -36,10 +37,7 @@ class VLLMCore:
         self.adapter: LoRARequest | None = None
         """With what every request runs, where versions are adapters."""
         self.stats = CoreStats()
-        self.muted = False
-        """It ended while it held: tokens that are not out yet stay in."""
-        self._heard = asyncio.Event()
-        self._heard.set()
+        self.hearing = Hearing()
         self._llm: AsyncLLM | None = None
         self._ended: str | None = None
 
@@ -78,24 +76,6 @@ class VLLMCore:
         # Rendered form: vLLM then prepares the request without suspending.
         return {"type": "token", "prompt_token_ids": list(tokens), "cache_salt": salt or str(self.version)}
 
-    def hold(self) -> None:
-        """See `WeightTarget`."""
-        self._heard.clear()
-
-    def release(self) -> None:
-        """See `WeightTarget`. Nothing, once it has ended."""
-        if not self.muted:
-            self._heard.set()
-
-    async def heard(self) -> None:
-        """Return when tokens may come out; at once, mostly. Raises `EngineDead` where they never will.
-
-        Waits for the judgement of a probe; unblocked by `release` or `end`.
-        """
-        await self._heard.wait()
-        if self.muted:
-            raise EngineDead(f"engine {self.engine_id}: {self._ended}, before its new weights were proven")
-
     def died(self, error: BaseException) -> EngineDead:
         """What to raise for one of `dead_errors`."""
         self.end(f"its engine core ended ({type(error).__name__})")
@@ -106,8 +86,7 @@ class VLLMCore:
         if self._ended is not None:
             return
         self._ended = reason
-        self.muted = not self._heard.is_set()
-        self._heard.set()
+        self.hearing.end(f"engine {self.engine_id}: {reason}")
         self.gate.open()
         if self._llm is not None:
             from vllm.v1.engine.exceptions import EngineDeadError

@@ -101,10 +101,10 @@ class VLLMEngine:
         return await self._weights.apply(offer)
 
     def hold(self) -> None:
-        self._core.hold()
+        self._core.hearing.hold()
 
     def release(self) -> None:
-        self._core.release()
+        self._core.hearing.release()
 
     async def probe(self, tokens: Sequence[int]) -> list[float]:
         """Logprob of each of `tokens` after the first, at temperature 1, computed anew under the present weights."""

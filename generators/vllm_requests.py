@@ -105,13 +105,13 @@ class VLLMRequests:
                     chunk = msgspec.structs.replace(chunk, finish_reason=None)
                     if not chunk.tokens:
                         continue
-                await self._core.heard()
+                await self._core.hearing.heard()
                 yield chunk
                 if chunk.finish_reason:
                     return
         except dead_errors() as error:
             died = self._core.died(error)
-            if stream is not None and not self._core.muted and (rest := stream.rest()).tokens:
+            if stream is not None and not self._core.hearing.muted and (rest := stream.rest()).tokens:
                 self._count(run, rest)
                 yield rest
             raise died from error

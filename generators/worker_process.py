@@ -94,9 +94,7 @@ def serve(connection: socket.socket) -> None:
     except FunctionError as error:
         send(connection, Ready(problem=str(error)))
         return
-    except (
-        Exception
-    ) as error:  # whatever foreign code raises: the pool tells of it, and the traceback is printed
+    except Exception as error:  # of foreign code: the pool tells of it, and the traceback is printed
         send(connection, Ready(problem=f"loading it failed: {_told(error)}"))
         raise
     send(connection, Ready())

@@ -7,15 +7,8 @@ gate and up of its MLP. Sent one after the other they need no second look at the
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Final
 
-from asyncrl.weight_sync.plan import Fused
-
-FUSED: Final = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""Modules that vLLM fuses, by the name of the module that it makes of them; the models that it has are alike in this."""
+from asyncrl.weight_sync.plan import FUSED_LAYERS, Fused
 
 
 def arranged(names: Sequence[str]) -> tuple[list[str], list[Fused]]:
@@ -39,7 +32,7 @@ def arranged(names: Sequence[str]) -> tuple[list[str], list[Fused]]:
 def _fused_with(name: str, known: Collection[str]) -> Iterator[Fused]:
     """What `name` is a part of, if all its parts are there."""
     path = name.split(".")
-    for whole, modules in FUSED.items():
+    for whole, modules in FUSED_LAYERS.items():
         for place in (index for index, part in enumerate(path) if part in modules):
             parts = tuple(_renamed(path, place, module) for module in modules)
             if all(part in known for part in parts):

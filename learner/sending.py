@@ -12,7 +12,6 @@ Called by `step`. Gathering is a collective of the ranks of a replica, but for o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,9 +22,9 @@ from asyncrl.learner.outgoing import Outgoing
 from asyncrl.learner.outgoing_float8 import in_float8
 from asyncrl.learner.send_order import arranged
 from asyncrl.learner.shares import Range, divided, held
+from asyncrl.weight_sync.config import Senders
 from asyncrl.weight_sync.plan import Adapter, Bucket, Piece, Plan, TensorSpec, Tied, make_plan
 
-Senders = Literal["one", "all"]
 REST_OF_FLOAT8 = "bfloat16"
 """What is not quantised travels as engines compute with it."""
 

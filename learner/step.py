@@ -33,12 +33,13 @@ from asyncrl.learner.outgoing import adapter_alone, tied, whole_model
 from asyncrl.learner.outgoing_float8 import linear_weights
 from asyncrl.learner.reference import BaseOfPolicy, FrozenModel, Reference
 from asyncrl.learner.rows import assemble, rows_of
-from asyncrl.learner.sending import Senders, Sending
+from asyncrl.learner.sending import Sending
 from asyncrl.learner.sharding import home_of
 from asyncrl.learner.stopwatch import Stopwatch
 from asyncrl.learner.trained import Schedule, Trained
 from asyncrl.learner.training import Training
 from asyncrl.learner.weights import save_folder
+from asyncrl.weight_sync.config import Senders
 from asyncrl.weight_sync.plan import Adapter, Bucket, Plan
 from asyncrl.weight_sync.ranks import Ranks
 

@@ -185,7 +185,7 @@ class EnginePart:
             pool=self._pool.name,
             state=state,
             version=stats.version,
-            weights=self._receiver.digest if self._receiver is not None else "",
+            weights=self._receiver.digest_of(stats.version) if self._receiver is not None else "",
             slots_used=used,
             slots=slots,
             tokens_per_s=(stats.generated_tokens - before) / max(now - then, 1e-3),

@@ -112,7 +112,10 @@ class StepFacts(msgspec.Struct, frozen=True, kw_only=True, tag="step", tag_field
     """The learner's wait for this batch."""
     train_s: float
     publish_s: float
-    """One whole weight sync, from begin to the last engine's confirmation."""
+    """One whole weight sync, gathering included: until the last engine's confirmation, or, with `max_lag_versions` of 1 or more,
+    until the version's bytes are complete."""
+    lag_wait_s: float = 0.0
+    """Of `publish_s`: for engines that were `max_lag_versions` behind."""
     checkpoint_stall_s: float = 0.0
     """For which training stood still for a checkpoint after this step; it is written while training goes on."""
     engine_stall_s: float
@@ -132,7 +135,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     """-1 before the first weights."""
     weights: str = ""
-    """Digest of the bytes of that version that it verified and loaded: 16 hex digits. Empty where it summed them on its device."""
+    """Digest of the bytes of that version that it verified and loaded: 16 hex digits. Empty where it summed them on its device, and
+    until the version is proven."""
     slots_used: int
     slots: int
     tokens_per_s: float

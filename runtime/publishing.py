@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from asyncrl.recipes import Recipe
-from asyncrl.runtime.sync_choice import Way
+from asyncrl.runtime.sync_choice import Way, is_over_nccl
 from asyncrl.weight_sync.collective_publisher import CollectivePublisher
 from asyncrl.weight_sync.collective_share import CollectiveShare
 from asyncrl.weight_sync.device_memory import slots_on
@@ -46,7 +46,7 @@ def open_publisher(
     """Rank 0's. A collective where every rank sends over `collective`, with `open_share` on the others."""
     sync, lag = recipe.weight_sync, recipe.max_lag_versions
     if way == "collective":
-        return CollectivePublisher(sync, plan, host, secure, ranks=ranks, device=device)
+        return CollectivePublisher(sync, plan, host, secure, ranks=ranks, device=_groups_on(recipe, device))
     kind = partial(RollingPublisher, max_lag_versions=lag) if lag else Publisher
     slots = slots_on(device, plan) if way == "device" else None
     return kind(sync, run_id, plan, host, secure, device=slots, ranks=ranks)
@@ -59,5 +59,10 @@ def open_share(
     if plan.senders == 1:
         return None
     if way == "collective":
-        return CollectiveShare(recipe.weight_sync, plan, ranks, host, device)
+        return CollectiveShare(recipe.weight_sync, plan, ranks, host, _groups_on(recipe, device))
     return ShareWriter(plan, ranks, this_host())
+
+
+def _groups_on(recipe: Recipe, device: torch.device) -> torch.device:
+    """What buckets are packed on, and so whether NCCL or gloo carries them, on every rank alike."""
+    return device if is_over_nccl(recipe) else torch.device("cpu")

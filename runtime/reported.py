@@ -94,6 +94,7 @@ def step_facts(
         wait_s=waited_s,
         train_s=outcome.train_s,
         publish_s=outcome.publish_s,
+        lag_wait_s=outcome.sync.wait_s,
         checkpoint_stall_s=checkpoint_stall_s,
         engine_stall_s=max(report.max_stall_s for report in outcome.reports),
         learner_tokens_per_s=metrics.tokens_per_s,

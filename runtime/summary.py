@@ -137,6 +137,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds waited by cause."""
     phase_seconds: dict[str, float]
     weight_sync_seconds: Spread | None
+    lag_wait_seconds: Spread | None
+    """Of them: the learner waited for engines that were `max_lag_versions` behind."""
     engine_stall_seconds: Spread | None
     packages: dict[str, str]
 
@@ -186,6 +188,7 @@ def summarise(
         waits=totals.waits,
         phase_seconds=_in_order(phase_seconds),
         weight_sync_seconds=_spread([step.publish_s for step in steps]),
+        lag_wait_seconds=_spread([step.lag_wait_s for step in steps]),
         engine_stall_seconds=_spread([step.engine_stall_s for step in steps]),
         packages=dict(sorted(packages.items())),
     )

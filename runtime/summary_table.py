@@ -182,7 +182,7 @@ def _speed(summary: Summary) -> list[Row]:
             f"{engines}" + (", all engines, in training" if summary.engine_tokens_per_s else ""),
         ),
         Row("learner tokens/s", f"{learner}" + (", while it trains" if summary.learner_tokens_per_s else "")),
-        Row("weight sync", _seconds(summary.weight_sync_seconds)),
+        Row("weight sync", _sync(summary)),
         Row("engine stall", _seconds(summary.engine_stall_seconds)),
         Row("tokens held", _memory(summary.buffer)),
         Row("waits", waits or NOT_MEASURED),
@@ -205,6 +205,14 @@ def _rate(rate: float | None) -> str:
 
 def _seconds(spread: Spread | None) -> str:
     return NOT_MEASURED if spread is None else f"mean {spread.mean:.3f} s, max {spread.max:.3f} s"
+
+
+def _sync(summary: Summary) -> str:
+    waited = summary.lag_wait_seconds
+    behind = (
+        f"; for engines too far behind {_seconds(waited)}" if waited is not None and waited.max > 0 else ""
+    )
+    return _seconds(summary.weight_sync_seconds) + behind
 
 
 def _rest(summary: Summary) -> list[Row]:

@@ -35,6 +35,7 @@ class Step(NamedTuple):
     learner_tokens_per_s: float
     train_s: float
     publish_s: float
+    lag_wait_s: float
     engine_stall_s: float
 
 

@@ -3,6 +3,7 @@
     python tools/bench_weight_sync.py                                          # all that runs here; minutes
     python tools/bench_weight_sync.py --models 500M --dtypes bfloat16 --transports shm --receivers 1 --json out.json
     python tools/bench_weight_sync.py --models 2M --transports shm --receivers 2 --lag 0 2 --slow-s 2
+    python tools/bench_weight_sync.py --models 500M --transports tcp --chunk-kb 256 1024 4096
     python tools/bench_weight_sync.py --engine                                 # the pause of a real vLLM engine
 
 memcpy is what nothing that goes through the host's memory can beat: a copy of every tensor into warm shared memory, and a copy
@@ -25,12 +26,13 @@ from pathlib import Path
 
 import torch
 from sync_models import MODELS, Weights, blank, plan_of, random_weights
-from sync_sides import TRANSPORTS, AnyPublisher, copy_out, publisher_of, receivers
+from sync_sides import TRANSPORTS, AnyPublisher, chunk_of, copy_out, publisher_of, receivers
 from sync_stall import engine_stall
 from sync_table import HEADER, Case, Times, line, row
 
+from asyncrl.weight_sync import chunks
 from asyncrl.weight_sync.collective_publisher import CollectivePublisher
-from asyncrl.weight_sync.pieces import cut
+from asyncrl.weight_sync.pieces import cut, put_all
 from asyncrl.weight_sync.plan import Plan
 from asyncrl.weight_sync.report import MemberReport, SyncReport
 from asyncrl.weight_sync.shm import slot_path
@@ -52,8 +54,7 @@ class Floor:
     def seconds(self) -> float:
         started = time.monotonic()
         for bucket in self._plan.buckets:
-            for piece, values in zip(bucket.pieces, cut(self._plan, bucket, self._weights), strict=True):
-                self._slot.write(piece, values)
+            put_all(self._mapped, self._plan, bucket, cut(self._plan, bucket, self._weights))
         copy_out(self._mapped, self._plan, self._back)
         return time.monotonic() - started
 
@@ -135,10 +136,12 @@ def measure(case: Case, args: argparse.Namespace) -> list[Times]:
     run_id = f"bench-{os.getpid()}"
     warm = 2 + case.lag
     floor = Floor(run_id, plan, weights)
+    chunk_of(case.chunk_kb)
     try:
         with publisher_of(case.transport, run_id, plan, case.lag, delta=False) as publisher:
             last = warm + args.rounds - 1
-            with receivers(publisher, case.receivers, last, args.threads, args.slow_s) as engines:
+            sides = (case.receivers, last, args.threads, args.slow_s, case.chunk_kb)
+            with receivers(publisher, *sides) as engines:
                 sender = Sender(publisher, plan, weights, case.lag)
                 try:
                     rounds = [sender.send(version, engines, floor.seconds()) for version in range(last + 1)]
@@ -152,8 +155,10 @@ def measure(case: Case, args: argparse.Namespace) -> list[Times]:
 def cases(args: argparse.Namespace) -> list[Case]:
     return [
         Case(*each)
-        for each in itertools.product(args.models, args.dtypes, args.transports, args.receivers, args.lag)
-        if not (each[2] == "collective" and each[4])
+        for each in itertools.product(
+            args.models, args.dtypes, args.transports, args.receivers, args.lag, args.chunk_kb
+        )
+        if not (each[2] == "collective" and each[4]) and (each[2] == "tcp" or each[5] == args.chunk_kb[0])
     ]
 
 
@@ -176,6 +181,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--slow-s", type=float, default=0.0, help="the first engine takes so much longer to stage"
+    )
+    parser.add_argument(
+        "--chunk-kb",
+        type=int,
+        nargs="+",
+        default=[chunks.CHUNK_BYTES >> 10],
+        help="what tcp asks for at once",
     )
     parser.add_argument("--bucket-mb", type=float, default=256)
     parser.add_argument("--rounds", type=int, default=5)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from sync_models import Weights, blank
 
+from asyncrl.weight_sync import chunks
 from asyncrl.weight_sync.collective_publisher import CollectivePublisher
 from asyncrl.weight_sync.config import WeightSyncConfig
 from asyncrl.weight_sync.device_memory import slots_on
@@ -84,9 +85,17 @@ class CopyingTarget:
         raise RuntimeError("the benchmark does not probe")
 
 
-def receive(endpoint: str, engine_id: str, last_version: int, threads: int, slow_s: float) -> None:
+def chunk_of(kilobytes: int) -> None:
+    """What `tcp` asks for and gives at once, in this process."""
+    chunks.CHUNK_BYTES = kilobytes << 10  # type: ignore[misc]
+
+
+def receive(
+    endpoint: str, engine_id: str, last_version: int, threads: int, slow_s: float, chunk_kb: int
+) -> None:
     """A receiver's process: ends when it has `last_version`."""
     torch.set_num_threads(threads)
+    chunk_of(chunk_kb)
 
     async def run() -> None:
         receiver = Receiver(CopyingTarget(slow_s), endpoint, engine_id)
@@ -115,14 +124,15 @@ def publisher_of(transport: str, run_id: str, plan: Plan, lag: int, delta: bool)
 
 @contextlib.contextmanager
 def receivers(
-    publisher: AnyPublisher, count: int, last_version: int, threads: int, slow_s: float
+    publisher: AnyPublisher, count: int, last_version: int, threads: int, slow_s: float, chunk_kb: int
 ) -> Iterator[list[str]]:
     """`count` processes that have joined; the first is the slow one. Yields their names."""
     spawn = multiprocessing.get_context("spawn")
     names = [f"engine-{index}" for index in range(count)]
     processes = [
         spawn.Process(
-            target=receive, args=(publisher.endpoint, name, last_version, threads, 0.0 if index else slow_s)
+            target=receive,
+            args=(publisher.endpoint, name, last_version, threads, 0.0 if index else slow_s, chunk_kb),
         )
         for index, name in enumerate(names)
     ]

@@ -17,6 +17,8 @@ class Case:
     transport: str
     receivers: int
     lag: int
+    chunk_kb: int
+    """Of `tcp`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def row(case: Case, rounds: list[Times]) -> dict[str, object]:
 
 
 HEADER = (
-    f"{'model':>5} {'dtype':>8} {'transport':>10} {'recv':>4} {'lag':>3} {'MB':>7} {'memcpy ms':>9} {'sync ms':>8} {'GB/s':>5} "
+    f"{'model':>5} {'dtype':>8} {'transport':>10} {'recv':>4} {'lag':>3} {'chunk kB':>8} {'MB':>7} {'memcpy ms':>9} {'sync ms':>8} {'GB/s':>5} "
     f"{'x memcpy':>8} | {'learner ms':>10} {'of it write':>11} | {'stage ms':>8} {'stall ms':>8}"
 )
 
@@ -61,7 +63,7 @@ def line(found: dict[str, object]) -> str:
         for name in ("memcpy", "sync", "learner", "write", "stage", "stall")
     }
     return (
-        f"{found['model']:>5} {found['dtype']:>8} {found['transport']:>10} {found['receivers']:>4} {found['lag']:>3} "
+        f"{found['model']:>5} {found['dtype']:>8} {found['transport']:>10} {found['receivers']:>4} {found['lag']:>3} {found['chunk_kb']:>8} "
         f"{found['mb']:>7} {ms['memcpy']:>9.1f} {ms['sync']:>8.1f} {found['gb_per_s']:>5} {found['sync_over_memcpy']:>8} | "
         f"{ms['learner']:>10.1f} {ms['write']:>11.1f} | {ms['stage']:>8.1f} {ms['stall']:>8.1f}"
     )

@@ -17,6 +17,7 @@ Imports torch. Made by `fetching` with the first offer of a `wire.Group`; called
 from __future__ import annotations
 
 import asyncio
+import functools
 import mmap
 import threading
 import time
@@ -41,6 +42,7 @@ from asyncrl.weight_sync.process_group import (
     store_errors,
     wait_for,
 )
+from asyncrl.weight_sync.torch_threads import stand_still, start_thread
 from asyncrl.weight_sync.wire import Group, Offer, SharedFile
 
 LOOK_S: Final = 0.25
@@ -170,6 +172,7 @@ class _Look:
 
     def __call__(self) -> None:
         """Raises `_Stopped`, or `GroupBroken` if the sender is gone or has called it off, or time is over."""
+        stand_still()
         if self._stop.is_set():
             raise _Stopped
         now = time.monotonic()
@@ -213,9 +216,7 @@ class _Reception:
         results: list[Future[dict[int, int]]] = []
         for member in self._members:
             results.append(Future())
-            threading.Thread(
-                target=self._thread, args=(member, results[-1]), name="asyncrl-collective", daemon=True
-            ).start()
+            start_thread(functools.partial(self._thread, member, results[-1]), "asyncrl-collective")
         # Waits for: all threads, or the first error. Unblocked by: them, at their deadline at the latest, or the caller, who
         # cancels. A thread in the store's code may stay there while the learner's host stands still: nobody waits for it then.
         each = await asyncio.gather(*(asyncio.wrap_future(result) for result in results))

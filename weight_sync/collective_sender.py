@@ -32,7 +32,8 @@ from asyncrl.weight_sync.collective_words import Stream
 from asyncrl.weight_sync.errors import GroupBroken, WeightSyncError
 from asyncrl.weight_sync.pieces import put_at
 from asyncrl.weight_sync.plan import Bucket, Plan
-from asyncrl.weight_sync.process_group import PeerGroup, serve_store, wait_for
+from asyncrl.weight_sync.process_group import PeerGroup, connect_store, serve_store, wait_for
+from asyncrl.weight_sync.torch_threads import start_thread
 
 SLOWEST: Final = 20e6
 """Bytes per second. A bucket that travels slower than this is taken for stuck."""
@@ -84,7 +85,9 @@ class CollectiveSender:
         if not stream.made:
             self._leave_group()
             self._forget_old_keys(stream)
-            self._making = _Making(self._store, stream, self._device, self._timeout_s, self._host)
+            self._making = _Making(
+                self._store, self.address, stream, self._device, self._timeout_s, self._host
+            )
         largest = max((bucket.size for bucket in self._plan.of(self._sender)), default=0)
         self._buffers = [_Buffer(largest, self._device) for _ in range(2)]
 
@@ -179,19 +182,27 @@ class CollectiveSender:
 
 
 class _Making:
-    """A group on its way: first the engines come, then it is made, in a thread."""
+    """A group on its way: first the engines come, then it is made, in a thread, over a connection to the store of its own: one on
+    which a rank is waited for answers nothing else."""
 
     def __init__(
-        self, store: TCPStore, stream: Stream, device: torch.device, timeout_s: float, host: str
+        self,
+        store: TCPStore,
+        address: str,
+        stream: Stream,
+        device: torch.device,
+        timeout_s: float,
+        host: str,
     ) -> None:
+        """`address`: of `store`."""
         self._store = store
+        self._address = address
         self._stream = stream
         self._arguments = (device, timeout_s, host)
         self._made: PeerGroup | None = None
         self._error: BaseException | None = None
         self._given_up = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._make, name="asyncrl-group", daemon=True)
 
     def wait(self, look: Look) -> PeerGroup:
         """The group. Raises `GroupBroken`, or what `look` raises, which is called again and again."""
@@ -202,11 +213,11 @@ class _Making:
             look()
             time.sleep(1e-3)
         self._store.set(f"{name}/go", "1")
-        self._thread.start()
+        thread = start_thread(self._make, "asyncrl-group")
         # Waits for: connections. Unblocked by: engines, or the group's timeout. Ends: then, or with what `look` raises.
-        while self._thread.is_alive():
+        while thread.is_alive():
             look()
-            self._thread.join(1e-3)
+            thread.join(1e-3)
         if self._made is None:
             raise GroupBroken(f"group {name} was not made: {self._error}") from self._error
         return self._made
@@ -221,7 +232,8 @@ class _Making:
     def _make(self) -> None:
         stream = self._stream
         try:
-            made = PeerGroup(self._store, stream.name, 0, stream.size, *self._arguments)
+            store = connect_store(self._address)
+            made = PeerGroup(store, stream.name, 0, stream.size, *self._arguments)
         except GroupBroken as error:
             self._error = error
             return

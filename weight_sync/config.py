@@ -6,17 +6,21 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from asyncrl.weight_sync.topology import Transport
+
+Senders = Literal["one", "all"]
+
 
 class WeightSyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[weight_sync]`."""
 
-    transport: Literal["auto", "shm", "tcp", "ipc", "collective"] = "auto"
+    transport: Transport = "auto"
     """`shm`: engines read the learner's shared memory, on one host. `tcp`: they pull it in chunks over ZMQ. `ipc`: they read the
     memory of the GPU that they share with the learner. `collective`: it is broadcast to all of them at once, by NCCL between
     GPUs, else by gloo. `auto` picks by where learner and engines are: `docs/weight_sync.md` has the table."""
     bucket_bytes: Annotated[int, msgspec.Meta(ge=2**12)] = 256 * 2**20
     """What is gathered, sent and checked at once. Sending takes two of them beside the model."""
-    senders: Literal["one", "all"] = "one"
+    senders: Senders = "one"
     """`one`: learner rank 0 sends all. `all`: each learner rank sends the rows that it holds, and nothing is gathered."""
     max_lag_versions: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """How far an engine may be behind while the learner goes on. 0: the learner waits until every engine has the version. From 1

@@ -12,7 +12,7 @@ Invariants
 - `apply` writes nothing before all of a delta has been read and found in bounds, and never outside of the range.
 - A delta fits one base only: it says the checksum of the base and that of the result (xxh3_64), and who applies it
   compares the first with that of the bytes it has, and the second afterwards. Applying twice is the caller's mistake.
-Called by the learner's `serving` and the engine's `pulling`.
+Called by the learner's `opened` and the engine's `arriving`.
 """
 
 from __future__ import annotations
@@ -174,10 +174,14 @@ def _escaped(gaps: _Items) -> _Items:
 def _positions(entries: _Items, changed: int, items: int, number: int) -> _Items:
     """Index of each changed item, going up."""
     ends = entries != _ESCAPE
-    positions: _Items = np.cumsum(entries, dtype=np.int64)[ends]
+    positions: _Items = entries.astype(np.int64)
+    positions += ends  # the changed item itself
+    np.cumsum(positions, out=positions)
+    positions -= 1
+    if not ends.all():
+        positions = positions[ends]
     if len(positions) != changed or not ends[-1]:
         raise MalformedDelta(f"section {number}: {len(positions)} positions for {changed} changes")
-    positions += np.arange(changed)
     if positions[-1] >= items:
         raise MalformedDelta(f"section {number}: item {positions[-1]} of {items}")
     return positions
@@ -202,7 +206,11 @@ def _planes(items: _Items) -> npt.NDArray[np.uint8]:
 
 
 def _from_planes(planes: _Items, width: int) -> _Items:
-    items: _Items = np.ascontiguousarray(planes.reshape(width, -1).T).reshape(-1).view(f"<u{width}")
+    # By shifts, which numpy does many items at a time; a transposition it does byte by byte.
+    columns = planes.reshape(width, -1)
+    items: _Items = columns[0].astype(f"<u{width}")
+    for place in range(1, width):
+        items |= columns[place].astype(f"<u{width}") << (8 * place)
     return items
 
 

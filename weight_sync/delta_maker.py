@@ -6,7 +6,7 @@ Invariants
   `delta.PAYS` of its bytes.
 - A version's bytes are read, as a version or as a base, only until `forget` has returned.
 - An error ends the thread and is raised by `check`; what it did not make is then sent in full.
-Made and called by `serving`.
+Made by `serving`, called by it, `open_versions` and `answering`.
 """
 
 from __future__ import annotations

@@ -52,8 +52,6 @@ class DeviceSlot:
     """One allocation, which holds one version."""
 
     retired = False
-    name = ""
-    """By which other processes could write into it: none can."""
 
     def __init__(self, memory: Memory, plan: Plan) -> None:
         self._memory = memory

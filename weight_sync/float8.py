@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from asyncrl.weight_sync.plan import FUSED_LAYERS
+
 BLOCK: Final = 128
 """Rows, and columns, of a block."""
-DTYPE: Final = "float8_e4m3fn"
 SCALE_DTYPE: Final = "float32"
 _SUFFIX: Final = "_scale_inv"
-_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that engines put on top of each other to one matrix: a block must not reach from one into the next."""
+_SPLIT_BY_ROWS: Final = frozenset(layer for parts in FUSED_LAYERS.values() for layer in parts)
+_FOLLOWED: Final = frozenset(layer for parts in FUSED_LAYERS.values() for layer in parts[:-1])
+"""Engines put the next part of their matrix below: a block must not reach from one into the next."""
+_SPLIT_BY_COLUMNS: Final = frozenset({"o_proj", "down_proj"})
 
 
 def scale_name(weight: str) -> str:
@@ -50,9 +53,8 @@ def misfits(shapes: Iterable[tuple[str, Sequence[int]]], tensor_parallel: int) -
         if len(shape) != 2 or parts[-1] != "weight" or len(parts) < 2:
             continue
         layer = parts[-2]
-        followed = any(layer in fused[:-1] for fused in _FUSED)
         rows = shape[0] // tensor_parallel
-        if (followed or (tensor_parallel > 1 and layer in _SPLIT_BY_ROWS)) and rows % BLOCK:
+        if (layer in _FOLLOWED or (tensor_parallel > 1 and layer in _SPLIT_BY_ROWS)) and rows % BLOCK:
             found.append(f"{name}: {rows} rows{_per_rank(tensor_parallel)}, expected a multiple of {BLOCK}")
         columns = shape[1] // tensor_parallel
         if tensor_parallel > 1 and layer in _SPLIT_BY_COLUMNS and columns % BLOCK:
@@ -60,10 +62,6 @@ def misfits(shapes: Iterable[tuple[str, Sequence[int]]], tensor_parallel: int) -
                 f"{name}: {columns} columns{_per_rank(tensor_parallel)}, expected a multiple of {BLOCK}"
             )
     return found
-
-
-_SPLIT_BY_ROWS: Final = frozenset(layer for fused in _FUSED for layer in fused)
-_SPLIT_BY_COLUMNS: Final = frozenset({"o_proj", "down_proj"})
 
 
 def _per_rank(tensor_parallel: int) -> str:

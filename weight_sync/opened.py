@@ -1,5 +1,5 @@
-"""A version whose bytes the chunk server gives out, with the deltas that were made of it. Called by `serving` and
-`delta_maker`, under their locks.
+"""A version whose bytes the chunk server gives out, with the deltas that were made of it. Called by `open_versions`,
+`answering` and `delta_maker`, under their locks.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import zmq
 
 from asyncrl.weight_sync import chunks, delta
 from asyncrl.weight_sync.checksum import version_digest
-from asyncrl.weight_sync.plan import Bucket, Plan
+from asyncrl.weight_sync.plan import DTYPE_BYTES, Bucket, Plan
 
 
 class Opened:
@@ -48,7 +48,7 @@ class Opened:
         found = delta.encode(
             gathered(base.view, wanted),
             gathered(self.view, wanted),
-            chunks.item_bytes(self.plan, wanted),
+            item_bytes(self.plan, wanted),
             base_sum=base.checksums[bucket],
             new_sum=self.checksums[bucket],
         )
@@ -61,3 +61,8 @@ def gathered(version: memoryview, bucket: Bucket) -> memoryview:
     if len(runs) == 1:
         return version[runs[0].offset : runs[0].offset + runs[0].size]
     return memoryview(b"".join(version[run.offset : run.offset + run.size] for run in runs))
+
+
+def item_bytes(plan: Plan, bucket: Bucket) -> int:
+    """The width in which a delta of `bucket` looks at its bytes: that of its narrowest dtype, which divides all others."""
+    return min((DTYPE_BYTES[plan.tensors[piece.tensor].dtype] for piece in bucket.pieces), default=1)

@@ -39,11 +39,11 @@ def cut(plan: Plan, bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> list
 
 
 def put_all(version: torch.Tensor, plan: Plan, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> None:
-    """Copy `pieces`, one for each of the bucket's, to their places in a version's bytes. Raises `WeightSyncError` as `put` does,
-    and for another number of pieces."""
+    """Copy `pieces`, one for each of the bucket's, to their places in a version's bytes (uint8, [total_bytes], any device). Raises
+    `WeightSyncError` as `put_at` does, and for another number of pieces."""
     _check_number(bucket, pieces)
     for piece, values in zip(bucket.pieces, pieces, strict=True):
-        put(version, plan, piece, values)
+        put_at(version, piece.offset, plan, piece, values)
 
 
 def put_summed(version: torch.Tensor, plan: Plan, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> int:
@@ -66,11 +66,6 @@ def put_summed(version: torch.Tensor, plan: Plan, bucket: Bucket, pieces: Sequen
             digest.update(written[offset : offset + len(some) * item])
         summed = place + piece.size
     return digest.intdigest()
-
-
-def put(version: torch.Tensor, plan: Plan, piece: Piece, values: torch.Tensor) -> None:
-    """Copy `values` to their place in a version's bytes (uint8, [total_bytes], any device): see `put_at`."""
-    put_at(version, piece.offset, plan, piece, values)
 
 
 def put_at(room: torch.Tensor, offset: int, plan: Plan, piece: Piece, values: torch.Tensor) -> None:

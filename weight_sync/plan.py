@@ -138,6 +138,13 @@ class Fused(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[str, ...]
 
 
+FUSED_LAYERS: Final = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Layers that vLLM makes one of, by the name that it gives it; the models that it has are alike in this."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Every tensor and bucket of one model, in sending order."""
 

@@ -9,7 +9,8 @@ Invariants
 - Nothing here is registered with torch.distributed's default group, and nothing but names and addresses goes through the store.
 - A broadcast of gloo cannot be called off: torch's `abort` does nothing there, and a peer's death need not show. So nobody waits
   for one in torch's code: `wait_for` looks around meanwhile, and who gives up drops the group and the buffers. They are freed in
-  a thread of their own once the broadcast has run into the group's timeout, and stand in the way of nothing.
+  a thread of their own once the broadcast has run into the group's timeout, and stand in the way of nothing, the end of the
+  process included.
 - NCCL is aborted at once when a group is dropped. Its watchdog, which would end the process, is kept from doing so.
 - What travels is neither encrypted nor authenticated, and the store is open to whoever can reach it: for networks that are the
   run's own. It listens on the given address alone.
@@ -20,13 +21,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import re
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -34,6 +36,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from asyncrl.weight_sync.errors import GroupBroken
+from asyncrl.weight_sync.torch_threads import stand_still, start_thread
 
 STORE_S: Final = 10.0
 """How long a connection to a store may take, and one of its answers."""
@@ -136,9 +139,8 @@ class PeerGroup:
     def drop(self) -> None:
         """Leave, in a thread of its own, whatever is under way: returns at once. Called once."""
         group, self._group = self._group, None
-        works = list(self._works)
-        self._works.clear()
-        threading.Thread(target=_free, args=(group, works), name="asyncrl-group-end", daemon=True).start()
+        works, self._works = self._works, deque()
+        start_thread(functools.partial(_free, group, works), "asyncrl-group-end")
 
 
 def wait_for(work: dist.Work, look: Callable[[], None]) -> None:
@@ -199,10 +201,12 @@ def _nccl(
     return group
 
 
-def _free(group: Any, works: list[dist.Work]) -> None:
-    """Waits for: broadcasts under way. Unblocked by: `abort` (NCCL), the group's timeout (gloo). Ends: then."""
+def _free(group: Any, works: Iterable[dist.Work]) -> None:
+    """Waits for: broadcasts under way. Unblocked by: `abort` (NCCL), the group's timeout (gloo). Ends: then; never, if the
+    process ends first."""
     group.abort()
     while not all(work.is_completed() for work in works):
+        stand_still()
         time.sleep(0.05)
 
 

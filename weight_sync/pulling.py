@@ -2,8 +2,7 @@
 
 Invariants
 ----------
-- A bucket is verified (xxh3_64 of the offer) before the next fetch may build on it. One that came as a delta and does not
-  come out right is pulled once more in full; one that came in full and is wrong ends the fetch.
+- A bucket is verified before the next fetch may build on it (`arriving`).
 - The bytes of a version are the base for deltas only if all of them were verified and none was written since: what ends a
   fetch after its first byte, a cancellation too, leaves no base, and the next fetch is a full one.
 - A broken connection costs what was on its way: the same questions are asked again once it is back.
@@ -17,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from typing import Any
 
 import msgspec
@@ -25,13 +23,10 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from asyncrl.weight_sync import chunks, delta, sockets
-from asyncrl.weight_sync.checksum import bucket_checksum, version_digest
-from asyncrl.weight_sync.chunks import Pull
-from asyncrl.weight_sync.errors import ChecksumError, MalformedDelta, WeightSyncError
+from asyncrl.weight_sync import chunks, sockets
+from asyncrl.weight_sync.arriving import Arriving
+from asyncrl.weight_sync.errors import WeightSyncError
 from asyncrl.weight_sync.memory_file import MemoryFile
-from asyncrl.weight_sync.opened import gathered
-from asyncrl.weight_sync.plan import Bucket
 from asyncrl.weight_sync.sockets import Secure
 from asyncrl.weight_sync.wire import Offer, Served, SharedFile
 
@@ -62,7 +57,7 @@ class Puller:
         self.bytes_pulled = 0
         # An attempt that was aborted after it was fetched, and comes again: nothing is to be pulled.
         if base is None or (base.version, base.checksums) != (offer.version, offer.checksums):
-            fetch = _Fetch(memory, offer, base)
+            fetch = Arriving(memory, offer, base)
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._pull(fetch, offer.source.endpoint)
@@ -91,7 +86,7 @@ class Puller:
             self._memory = MemoryFile(f"{self._engine_id}-pulled", offer.plan.total_bytes)
         return self._memory
 
-    async def _pull(self, fetch: _Fetch, endpoint: str) -> None:
+    async def _pull(self, fetch: Arriving, endpoint: str) -> None:
         socket, connections = sockets.dealer(self._context, endpoint, self._engine_id, self._secure)
         try:
             await _exchange(fetch, socket, connections)
@@ -102,85 +97,7 @@ class Puller:
             socket.close(linger=0)
 
 
-class _Fetch:
-    """One version on its way into memory."""
-
-    def __init__(self, memory: MemoryFile, offer: Offer, base: Offer | None) -> None:
-        known = (base.version, version_digest(base.checksums)) if base is not None else None
-        # What a fetch that was called off asked for is still answered, on this engine's next connection.
-        self.pull = Pull(offer.plan, offer.checksums, offer.version, known, secrets.randbits(62))
-        self.connected = 0
-        """How often the connection was made."""
-        self._memory = memory
-        self._offer = offer
-        self._base = base
-        self._deltas: dict[int, bytearray] = {}
-        self._came = 0
-
-    def take(self, answer: chunks.Answer, body: memoryview) -> int | None:
-        """Put what came in its place; a bucket that is complete by that, to be settled."""
-        if isinstance(answer, chunks.Refused):
-            if not self.pull.is_open(answer.question):
-                return None
-            raise WeightSyncError(
-                f"version {self._offer.version}: the learner's chunk server refused: {answer.reason}"
-            )
-        if isinstance(answer, chunks.Found):
-            self.pull.found(answer)
-            return None
-        arrival = self.pull.arrived(answer.question, body.nbytes)
-        if arrival is None:
-            return None
-        self._came += arrival.size
-        if arrival.delta:
-            size = self.pull.delta_sizes[arrival.bucket]
-            place: Any = self._deltas.setdefault(arrival.bucket, bytearray(size))
-        else:
-            place = self._memory.map
-        place[arrival.start : arrival.start + arrival.size] = body
-        return arrival.bucket if arrival.complete else None
-
-    def settle(self, index: int) -> bool:
-        """Patch and verify a complete bucket; False if it is to be pulled in full. Runs in a thread. Raises `ChecksumError`."""
-        bucket, patch = self._offer.plan.buckets[index], self._deltas.pop(index, None)
-        if patch is not None:
-            try:
-                self._patch(bucket, patch)
-            except MalformedDelta as error:
-                logger.warning("version=%d bucket=%d not patched: %s", self._offer.version, index, error)
-                return False
-        expected, got = self._offer.checksums[index], bucket_checksum(self._memory.map, bucket)
-        if got != expected and patch is None:
-            raise ChecksumError(self._offer.version, index, expected, got, str(self._memory.path))
-        if got != expected:
-            logger.warning("version=%d bucket=%d patched wrongly, pulled in full", self._offer.version, index)
-        return got == expected
-
-    def describe(self) -> str:
-        if not self.connected:
-            return "never connected (nobody there, or not with this run's key)"
-        return f"{self._came} of {self.pull.bytes_asked} asked for came over {self.connected} connections"
-
-    def _patch(self, bucket: Bucket, patch: bytearray) -> None:
-        assert self._base is not None
-        fits = (self._base.checksums[bucket.index], self._offer.checksums[bucket.index])
-        if delta.sums(patch) != fits:
-            raise MalformedDelta(f"delta of sums {delta.sums(patch)}: expected {fits}")
-        with memoryview(self._memory.map) as whole, whole[: self._memory.size] as version:
-            runs = bucket.runs
-            if len(runs) == 1:
-                with version[runs[0].offset : runs[0].offset + runs[0].size] as part:
-                    delta.apply(part, patch)
-                return
-            joined = bytearray(gathered(version, bucket))
-            delta.apply(memoryview(joined), patch)
-            at = 0
-            for run in runs:
-                version[run.offset : run.offset + run.size] = joined[at : at + run.size]
-                at += run.size
-
-
-async def _exchange(fetch: _Fetch, socket: zmq.asyncio.Socket, connections: zmq.asyncio.Socket) -> None:
+async def _exchange(fetch: Arriving, socket: zmq.asyncio.Socket, connections: zmq.asyncio.Socket) -> None:
     """Waits for: answers, connections, and the bucket in the thread. Unblocked by: the server, and its coming back. Ends: all
     buckets are settled, or cancelled, at the deadline at the latest."""
     complete: list[int] = []
@@ -218,7 +135,7 @@ async def _exchange(fetch: _Fetch, socket: zmq.asyncio.Socket, connections: zmq.
                 await asyncio.wait({work})
 
 
-async def _connected(fetch: _Fetch, socket: zmq.asyncio.Socket) -> None:
+async def _connected(fetch: Arriving, socket: zmq.asyncio.Socket) -> None:
     fetch.connected += 1
     if fetch.connected > 1:
         logger.warning("connected anew, asked again: %d questions", len(fetch.pull.again()))
@@ -226,7 +143,7 @@ async def _connected(fetch: _Fetch, socket: zmq.asyncio.Socket) -> None:
             await socket.send(chunks.encode(question))
 
 
-def _taken(fetch: _Fetch, frames: list[zmq.Frame]) -> int | None:
+def _taken(fetch: Arriving, frames: list[zmq.Frame]) -> int | None:
     try:
         if not 1 <= len(frames) <= 2:
             raise msgspec.DecodeError(f"expected 1 or 2 frames, got {len(frames)}")

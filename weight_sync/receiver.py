@@ -156,6 +156,11 @@ class Receiver:
     def _join(self) -> wire.Join:
         return wire.Join(version=self.version, host=this_host())
 
+    def digest_of(self, version: int) -> str:
+        """Of the bytes that the engine loaded, if it runs `version` and that is judged; empty where it is not yet: an engine runs a
+        version from its `apply` on, and the answer to the probe comes after that."""
+        return self.digest if version == self.version else ""
+
     async def wait_for_version(self, version: int, timeout_s: float) -> None:
         """Return when `version` or a later one is live. Raises `VersionTimeout` after `timeout_s`, and
         `WeightSyncError` if the receiver ends before."""

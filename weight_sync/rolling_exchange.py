@@ -19,6 +19,7 @@ from asyncrl.weight_sync.exchange import GONE, send
 from asyncrl.weight_sync.members import Members
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.rolling import Actions, Rolling, SendApply, SendDismiss, SendPropose, Settled
+from asyncrl.weight_sync.verification import strange_digest
 
 LOOK_S: Final = 0.01
 """How long the learner waits, at most, for the publisher while engines are on their way."""
@@ -104,7 +105,7 @@ class RollingExchange:
 
     def _applied(self, engine_id: str, message: wire.Applied, now: float) -> None:
         version = self._machine.applying(engine_id, message.attempt)
-        unfit = "" if version is None else _other_bytes(version, self._told[engine_id][1], message.digest)
+        unfit = "" if version is None else strange_digest(version, self._told[engine_id][1], message.digest)
         actions = self._machine.applied(
             engine_id, message.attempt, now, message.apply_s, message.stall_s, unfit
         )
@@ -151,10 +152,3 @@ class RollingExchange:
         for engine_id in self._machine.waiting_for:
             if send(self._members.socket, engine_id, self._ping) == GONE:
                 self._carry_out(self._machine.lost(engine_id, time.monotonic(), GONE))
-
-
-def _other_bytes(version: int, expected: str, got: str) -> str:
-    """Why what an engine loaded is not this version; empty if it is, or if its device has compared the bytes itself."""
-    if not got or got == expected:
-        return ""
-    return f"version {version}: expected bytes with digest {expected}, as the learner wrote them, the engine loaded {got}"

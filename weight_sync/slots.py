@@ -24,8 +24,8 @@ import torch
 
 from asyncrl.weight_sync.checksum import bucket_checksum
 from asyncrl.weight_sync.errors import SharedMemoryError
-from asyncrl.weight_sync.pieces import put, put_summed
-from asyncrl.weight_sync.plan import Bucket, Piece, Plan
+from asyncrl.weight_sync.pieces import put_summed
+from asyncrl.weight_sync.plan import Bucket, Plan
 from asyncrl.weight_sync.shm import FOLDER, SLOTS, slot_path
 
 
@@ -42,10 +42,6 @@ class Slot:
         self._bytes = (
             torch.frombuffer(self._map, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         )
-
-    def write(self, piece: Piece, values: torch.Tensor) -> None:
-        """Copy `values` to their place: see `pieces.put`."""
-        put(self._bytes, self._plan, piece, values)
 
     def fill(self, bucket: Bucket, pieces: Sequence[torch.Tensor]) -> int:
         """Write `pieces`, one tensor for each of the bucket's, and return its checksum. Raises `WeightSyncError` for one that

@@ -33,10 +33,16 @@ def shared_fault(
 
 
 def other_bytes(report: TransactionReport, digest: str, digests: Mapping[str, str]) -> dict[str, str]:
-    """Engines that applied what is not the learner's version, with the error of each. One that gives no digest (its device summed
-    the bytes) has compared them itself."""
+    """Engines that applied what is not the learner's version, with the error of each."""
+    applied = {name: got for name, got in digests.items() if report.members[name].outcome == "applied"}
     return {
-        name: f"version {report.version}: expected bytes with digest {digest}, as the learner wrote them, the engine loaded {got}"
-        for name, got in digests.items()
-        if got and got != digest and report.members[name].outcome == "applied"
+        name: error for name, got in applied.items() if (error := strange_digest(report.version, digest, got))
     }
+
+
+def strange_digest(version: int, expected: str, got: str) -> str:
+    """Why what an engine loaded is not this version; empty if it is, or if the engine gives no digest: its device has compared the
+    bytes itself then."""
+    if got in ("", expected):
+        return ""
+    return f"version {version}: expected bytes with digest {expected}, as the learner wrote them, the engine loaded {got}"

@@ -6,7 +6,7 @@ Nothing else imports it, as it imports vLLM at once.
 
 Invariants
 ----------
-- The bytes were verified before the pause: a file's by the engine's own process (`asyncrl.weight_sync.shm.map_version`), device
+- The bytes were verified before the pause: a file's by the engine's own process (`asyncrl.weight_sync.mappings`), device
   memory's here (`verify_device_memory`), and once more when they are loaded. Nothing is open when `finish_weight_update` returns.
 - Between `start_weight_update` and the end of `finish_weight_update` the model cannot compute: vLLM moves each layer to
   the meta device and brings it back when its last tensor came. The scheduler is paused meanwhile.

@@ -36,7 +36,7 @@ def test_a_run_over_each_transport_with_an_engine_that_dies(tmp_path, model, tra
     summary = run.summary
     assert summary["outcome"] == "finished" and summary["steps_done"] == 40, run.text
     assert summary["conservation"]["holds"] and summary["tokens_past_bound"] == 0
-    for engine in snapshot["engines"]:
-        written = snapshot["weights"].get(str(engine["version"]))
-        assert engine["weights"] == written or written is None
-    assert any(engine["weights"] for engine in snapshot["engines"])
+    written = {int(version): digest for version, digest in snapshot["weights"].items()}
+    loaded = [(each["version"], each["weights"]) for each in snapshot["engines"] if each["weights"]]
+    compared = [(digest, written[version]) for version, digest in loaded if version in written]
+    assert compared and all(got == expected != "" for got, expected in compared), snapshot

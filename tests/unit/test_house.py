@@ -93,6 +93,8 @@ PURE = (
     "weight_sync/topology.py",
     "weight_sync/collective_words.py",
     "weight_sync/chunks.py",
+    "weight_sync/pull.py",
+    "weight_sync/credit.py",
     "weight_sync/delta.py",
     "weight_sync/ranks.py",
     "learner/shares.py",

@@ -284,7 +284,7 @@ def test_a_mistake_of_the_recipe_ends_the_run_at_its_first_engine(run):
         for engine in world.actors.values():
             engine.do_evaluate = lambda *_: raises(MISTAKEN)
         with pytest.raises(PartFailed, match="no term gave a cost"):
-            await ask(world.fleet, [1, 2], held_out(60.0), 8, "0")
+            await ask(world.fleet, [1, 2], held_out(60.0), 8, "0", 0)
         world.actors["p-0"].ends.set_exception(MISTAKEN)
         with pytest.raises(PartFailed, match=r"p-0 failed: .*no term gave a cost"):
             async with asyncio.timeout(5):
@@ -434,13 +434,13 @@ def test_engines_without_rollouts_give_all_they_have_and_a_late_one_ends_at_the_
     async def test(world):
         await world.begin()
         world.fleet.dispatching.clear()
-        await ask(world.fleet, [1], held_out(5.0), 8, "0")
+        await ask(world.fleet, [1], held_out(5.0), 8, "0", 0)
         ((asked,),) = [actor.asked for actor in world.actors.values() if actor.asked]
         assert (asked.slots, asked.max_new_tokens) == (256, 8)
         for actor in world.actors.values():
             actor.do_evaluate = lambda *_: asyncio.sleep(60)
         with pytest.raises(PartFailed, match=r"not done within 0 s .*: 0 of 2 prompts"):
-            await ask(world.fleet, [1, 2], held_out(0.05), 8, "1")
+            await ask(world.fleet, [1, 2], held_out(0.05), 8, "1", 0)
 
     run(test)
 
@@ -448,7 +448,7 @@ def test_engines_without_rollouts_give_all_they_have_and_a_late_one_ends_at_the_
 def test_what_a_dying_engine_leaves_of_an_evaluation_goes_to_the_others(run):
     async def test(world):
         await world.begin()
-        asking = asyncio.create_task(ask(world.fleet, list(range(9)), held_out(5.0), 8, "0"))
+        asking = asyncio.create_task(ask(world.fleet, list(range(9)), held_out(5.0), 8, "0", 0))
         await asyncio.sleep(0)
         world.kill("p-0")
         found = await asking
@@ -466,7 +466,7 @@ def test_an_evaluation_waits_for_the_next_engine_and_asks_for_nothing_twice(run)
 
     async def test(world):
         await world.begin()
-        asking = asyncio.create_task(ask(world.fleet, list(range(9)), held_out(20.0), 8, "0"))
+        asking = asyncio.create_task(ask(world.fleet, list(range(9)), held_out(20.0), 8, "0", 0))
         await asyncio.sleep(0)
         world.kill("p-0")
         await asyncio.sleep(0.05)  # p-1 has answered

@@ -78,12 +78,12 @@ def test_averages_are_weighted_by_what_they_are_of(step_facts):
         step_facts(
             1, tokens_trained=90, tokens_masked=10, staleness_mean=1.0, staleness_max=1, train_s=1.0,
             learner_tokens_per_s=1000.0, mismatch_tokens=1, mismatch_mean=4.0, mismatch_p95=4.0, mismatch_max=4.0,
-            publish_s=0.1, engine_stall_s=0.02,
+            publish_s=0.1, lag_wait_s=0.0, engine_stall_s=0.02,
         ),
         step_facts(
             2, tokens_trained=300, tokens_masked=0, staleness_mean=2.0, staleness_max=2, train_s=3.0,
             learner_tokens_per_s=2000.0, mismatch_tokens=3, mismatch_mean=0.0, mismatch_p95=0.0, mismatch_max=0.0,
-            publish_s=0.3, engine_stall_s=0.04,
+            publish_s=0.3, lag_wait_s=0.25, engine_stall_s=0.04,
         ),
     ]  # fmt: skip
     summary = summary_of(facts)
@@ -97,7 +97,11 @@ def test_averages_are_weighted_by_what_they_are_of(step_facts):
         4,
     )
     assert summary.weight_sync_seconds == Spread(mean=pytest.approx(0.2), max=0.3)
+    assert summary.lag_wait_seconds == Spread(mean=0.125, max=0.25)
     assert summary.engine_stall_seconds == Spread(mean=pytest.approx(0.03), max=0.04)
+    waited = "for engines too far behind mean 0.125 s, max 0.250 s"
+    assert waited in shown(summary, terminal=False)
+    assert "too far behind" not in shown(summary_of(facts[:1]), terminal=False)
 
 
 def test_generation_is_counted_over_the_time_of_training_alone(snapshot_facts):

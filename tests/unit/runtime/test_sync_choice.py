@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.recipes import load_recipe
-from asyncrl.runtime.sync_choice import way_of
+from asyncrl.runtime.sync_choice import is_over_nccl, way_of
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "recipes" / "quickstart.toml"
 CUDA = ('learner.device="cuda"', 'pools=[{ name = "a", device = "cuda", engines = 2, concurrency = 8 }]')
@@ -32,7 +32,27 @@ SHARED = (
         ((*CUDA, "weight_sync.max_lag_versions=0"), ["a"], {"a": 8, "b": 8}, "collective"),
         ((CUDA[0],), ["a"], {"a": 8, "b": 8}, "host"),
         ((CUDA[1],), ["a"], {"a": 1}, "host"),
+        (SHARED, ["a"], {"a": 1, "b": 1}, "host"),
+        ((SHARED[0], SHARED[2]), ["a"], {"a": 8, "b": 8}, "host"),
+        ((*CUDA, 'pools.0.engine="fake"'), ["a"], {"a": 8, "b": 8}, "host"),
     ],
 )
 def test_the_way_of_the_weights(overrides, learners, gpus, expected):
     assert way_of(load_recipe(QUICKSTART, overrides), learners, gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), False),
+        (CUDA, True),
+        (CUDA[:1], False),
+        (CUDA[1:], False),
+        (SHARED, False),
+        ((*CUDA, "learner.gpu_share=0.5"), False),
+        ((*CUDA, "pools.0.gpu_share=0.5"), False),
+        ((*CUDA, 'pools.0.engine="fake"'), False),
+    ],
+)
+def test_nccl_needs_a_gpu_for_each_rank(overrides, expected):
+    assert is_over_nccl(load_recipe(QUICKSTART, overrides)) == expected

@@ -36,6 +36,7 @@ class Diary:
         self.fail_apply = False
         self.stage_s = 0.0
         self.apply_s = 0.0
+        self.probe_s = 0.0
         self.busy = False
 
     async def _call(self, what: str, seconds: float = 0.0) -> None:
@@ -67,7 +68,7 @@ class Diary:
         self.calls.append("release")
 
     async def probe(self, tokens: Sequence[int]) -> list[float]:
-        await self._call("probe")
+        await self._call("probe", self.probe_s)
         return [-float(token) for token in tokens[1:]]
 
 
@@ -135,6 +136,31 @@ def test_stages_applies_and_probes():
             assert hand.receiver.version == 3
             assert hand.target.calls == ["stage 3", "hold", "apply 3", "probe", "release"]
             assert applied.digest == hand.receiver.digest and len(applied.digest) == 16
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_is_not_judged_yet_is_not_said_to_have_the_bytes_of_the_one_before():
+    """Its status would show other weights than the learner's."""
+
+    async def scenario() -> None:
+        async with connected() as hand:
+            await hand.tell(hand.propose(1, version=3))
+            await hand.hear()
+            await hand.tell(wire.Apply(attempt=1))
+            first = await hand.hear()
+            assert isinstance(first, wire.Applied) and hand.receiver.digest_of(3) == first.digest != ""
+            hand.target.probe_s = 0.5
+            await hand.tell(hand.propose(2, version=4))
+            await hand.hear()
+            await hand.tell(wire.Apply(attempt=2, probe=PROBE))
+            async with asyncio.timeout(10):
+                while hand.target.calls[-1] != "probe":
+                    await asyncio.sleep(0.01)
+            assert (hand.receiver.digest_of(3), hand.receiver.digest_of(4)) == (first.digest, "")
+            second = await hand.hear()
+            assert isinstance(second, wire.Applied) and second.digest != first.digest
+            assert (hand.receiver.digest_of(3), hand.receiver.digest_of(4)) == ("", second.digest)
 
     asyncio.run(scenario())
 

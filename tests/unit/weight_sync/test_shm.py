@@ -81,13 +81,14 @@ def test_casts_to_the_wire_dtype_and_takes_any_strides(run_id):
 
 def test_refuses_tensors_that_do_not_fit(run_id):
     slots = Slots(run_id, PLAN)
-    piece = PLAN.buckets[0].pieces[0]
+    bucket = PLAN.buckets[0]
+    (piece,) = bucket.pieces
     with pytest.raises(WeightSyncError, match=rf"'w': expected {piece.count} elements.* got shape \(4,\)"):
-        slots.next().write(piece, torch.zeros(4))
+        slots.next().fill(bucket, [torch.zeros(4)])
     with pytest.raises(WeightSyncError, match=r"'w': expected dtype torch.bfloat16, got torch.int64"):
-        slots.next().write(piece, torch.zeros(piece.count, dtype=torch.int64))
+        slots.next().fill(bucket, [torch.zeros(piece.count, dtype=torch.int64)])
     with pytest.raises(WeightSyncError, match=r"'w': expected shape \(300, 4\), got \(1, 4\)"):
-        cut(PLAN, PLAN.buckets[0], {"w": torch.zeros(1, 4), "b": torch.zeros(7)})
+        cut(PLAN, bucket, {"w": torch.zeros(1, 4), "b": torch.zeros(7)})
     slots.close()
 
 

@@ -9,7 +9,7 @@ import zmq
 from engine_threads import Engines
 
 from asyncrl.generators.fake_engine import Fault
-from asyncrl.weight_sync import chunks, hosts, receiver, served, serving
+from asyncrl.weight_sync import chunks, credit, hosts, receiver, served
 from asyncrl.weight_sync.config import WeightSyncConfig
 from asyncrl.weight_sync.pieces import cut
 from asyncrl.weight_sync.plan import make_plan
@@ -156,13 +156,13 @@ def test_a_slot_whose_bytes_are_on_a_link_that_stands_still_is_left_alone(monkey
             engine = context.socket(zmq.DEALER)
             engine.setsockopt(zmq.ROUTING_ID, b"slow")
             engine.connect(link.endpoint)
-            for number in range(serving.CREDIT):
+            for number in range(credit.PIECES):
                 where = {"start": number * chunks.CHUNK_BYTES, "size": chunks.CHUNK_BYTES}
                 engine.send(
                     chunks.encode(chunks.Get(question=number, version=0, digest=draft.digest, **where))
                 )
             deadline = time.monotonic() + 10
-            while publisher._served._server.bytes_sent[0] < serving.CREDIT * chunks.CHUNK_BYTES:
+            while publisher._served._server.bytes_sent[0] < credit.PIECES * chunks.CHUNK_BYTES:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             write(1)
@@ -170,7 +170,7 @@ def test_a_slot_whose_bytes_are_on_a_link_that_stands_still_is_left_alone(monkey
             write(2)  # into the place of version 0
             assert draft.slot.retired and draft.slot is not publisher._draft.slot
             link.go_on()
-            for number in range(serving.CREDIT):
+            for number in range(credit.PIECES):
                 assert engine.poll(10_000)
                 frames = engine.recv_multipart()
                 assert chunks.decode_answer(frames[0]).question == number

@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.weight_sync import chunks
-from asyncrl.weight_sync.chunks import Find, Found, Get, Pull
+from asyncrl.weight_sync.chunks import Find, Found, Get
+from asyncrl.weight_sync.opened import item_bytes
 from asyncrl.weight_sync.plan import make_plan
+from asyncrl.weight_sync.pull import Pull
 from tests.chunk_worlds import small_plan
 
 
@@ -72,5 +74,5 @@ def test_tensors_of_no_elements_need_no_question():
 
 def test_a_delta_looks_at_the_narrowest_items_of_its_bucket():
     plan = make_plan([("a", "float32", (8,)), ("b", "bfloat16", (7,))], 4096)
-    assert chunks.item_bytes(plan, plan.buckets[0]) == 2
+    assert item_bytes(plan, plan.buckets[0]) == 2
     assert all(run.size % 2 == 0 for run in plan.buckets[0].runs)
