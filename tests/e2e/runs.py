@@ -212,8 +212,12 @@ def launched(tmp_path: Path, model: Path, *overrides: str, start: str = "launch"
     run = Run(tmp_path, model, *overrides, start=start)
     try:
         yield run
-    finally:
+    except BaseException:
         run.kill()
+        for path in shared_memory_of(run.run_id):
+            path.unlink(missing_ok=True)
+        raise
+    run.kill()
     assert "was never retrieved" not in run.text and "never awaited" not in run.text, run.text
     assert shared_memory_of(run.run_id) == []
 

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import msgspec
 
+from asyncrl.buffer.records import Selection
 from asyncrl.learner.metrics import StepMetrics
 from asyncrl.recipes import load_recipe
 from asyncrl.runtime.facts import ENGINES_WAIT, LEARNER_WAITS
+from asyncrl.runtime.learner_part import Handover, StepOutcome
 from asyncrl.runtime.observer import Observer
-from asyncrl.runtime.reported import Waits, buffer_facts, part_figures
+from asyncrl.runtime.reported import Waits, buffer_facts, part_figures, step_facts
+from asyncrl.weight_sync.report import MemberReport, SyncReport
 from tests.buffers import buffer_service
 
 RECIPE = load_recipe(Path(__file__).resolve().parents[3] / "recipes" / "quickstart.toml")
@@ -76,6 +79,31 @@ def test_a_full_disk_is_noted_once_when_it_begins_and_once_when_it_ends(tmp_path
         "the buffer's disk has room again; the run goes on",
     ]
     assert len(recorder.written) == 5
+
+
+def zeros(kind, **changes):
+    """A struct of numbers, all 0 but for `changes`."""
+    return kind(**(dict.fromkeys(kind.__struct_fields__, 0) | changes))
+
+
+def sync_report(version, stall_s, **changes):
+    member = MemberReport(outcome="applied", stall_s=stall_s)
+    empty = {"out_of_service": {}, "probe_max_diff": {}, "ignored": {}}
+    return zeros(SyncReport, version=version, engines={"a": member}, digest="", **empty, **changes)
+
+
+def test_a_step_tells_what_its_sync_took_and_the_longest_stall_since_the_step_before():
+    outcome = StepOutcome(
+        selection=zeros(Selection, rollout_ids=()),
+        handover=zeros(Handover),
+        metrics=zeros(StepMetrics),
+        sync=sync_report(4, 0.0, wait_s=0.25),
+        welcomes=[sync_report(3, 0.5), sync_report(3, 0.125)],
+        train_s=2.0,
+        publish_s=0.375,
+    )
+    facts = step_facts(4, outcome, 1.0, 10.0, groups=1, checkpoint_stall_s=0.0)
+    assert (facts.version, facts.publish_s, facts.lag_wait_s, facts.engine_stall_s) == (4, 0.375, 0.25, 0.5)
 
 
 def test_figures_of_critic_reference_and_costs_are_told_where_there_are_any():

@@ -56,13 +56,14 @@ def test_every_byte_is_asked_for_until_it_came(data, senders, based):
 
 
 def test_a_large_bucket_comes_in_chunks_and_a_small_one_after_it_is_not_held_up():
-    plan = make_plan([("big", "float32", (1 << 20,)), ("small", "float32", (16,))], 4 << 20)
+    big = 4 * chunks.CHUNK_BYTES
+    plan = make_plan([("big", "float32", (chunks.CHUNK_BYTES,)), ("small", "float32", (16,))], big)
     pull = Pull(plan, [0] * len(plan.buckets), 0, None)
     asked = list(pull.questions())
     assert all(isinstance(question, Get) for question in asked)
     assert [(question.start, question.size) for question in asked] == [
-        *((start, chunks.CHUNK_BYTES) for start in range(0, 4 << 20, chunks.CHUNK_BYTES)),
-        (4 << 20, 64),
+        *((start, chunks.CHUNK_BYTES) for start in range(0, big, chunks.CHUNK_BYTES)),
+        (big, 64),
     ]
 
 

@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import deque
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from asyncrl.weight_sync import exchange
+from asyncrl.weight_sync import exchange, wire
 from asyncrl.weight_sync.config import WeightSyncConfig
 from asyncrl.weight_sync.errors import WeightSyncError
 from asyncrl.weight_sync.pieces import cut
@@ -30,7 +30,15 @@ from asyncrl.weight_sync.rolling_publisher import RollingPublisher
 PLAN = make_plan([("w", "float32", (50,)), ("b", "float32", (5,))], 200)
 TIMEOUT_S = 0.8
 SPEAKS_S = 20.0
-DEEDS = ["obey"] * 8 + ["die", "fail", "leave", "anew", "hang"]
+DEEDS = ["obey"] * 8 + ["die", "fail", "leave", "anew", "hang", "slow"]
+
+
+class Life:
+    """From a join to the next one under that name."""
+
+    def __init__(self, puppet: Puppet) -> None:
+        self.puppet = puppet
+        self.named = 0
 
 
 class Schedules(RuleBasedStateMachine):
@@ -47,9 +55,30 @@ class Schedules(RuleBasedStateMachine):
         """The one that the publisher should know under each name."""
         self.faultless: set[Puppet] = set()
         self.all: list[Puppet] = []
-        self.named: Counter[str] = Counter()
-        """Since the last join of that name."""
+        self.lives: dict[str, Life] = {}
+        """Of whoever the publisher last heard to join, by name."""
+        self.settled: deque[Life] = deque()
+        """Whose updates ended, as the publisher's reports that are still to come tell it."""
         self.version = -1
+        self.listen()
+
+    def listen(self) -> None:
+        """Reports are read late, and name nobody but the name: note whose it was when they were made."""
+        members, exchange = self.publisher._members, self.publisher._exchange
+        hear, ended = members.hear, exchange._ended
+
+        def heard(name, message) -> None:
+            if isinstance(message, wire.Join):
+                # Below 0 a version is one puppet's own. Who has a real one joins anew over the connection that it has.
+                index = -1 - message.version
+                self.lives[name] = Life(self.all[index] if index >= 0 else self.lives[name].puppet)
+            hear(name, message)
+
+        def noted(fact) -> None:
+            self.settled.append(self.lives[fact.settled.member])
+            ended(fact)
+
+        members.hear, exchange._ended = heard, noted
 
     def do(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=SPEAKS_S)
@@ -66,7 +95,6 @@ class Schedules(RuleBasedStateMachine):
         self.look()
         puppet = self.present[name] = self.do(start())
         self.all.append(puppet)
-        self.named[name] = 0
         if (stage, apply) == ("obey", "obey"):
             self.faultless.add(puppet)
         deadline = time.monotonic() + SPEAKS_S
@@ -76,8 +104,7 @@ class Schedules(RuleBasedStateMachine):
         assert self.is_known(puppet)
 
     def is_known(self, puppet: Puppet) -> bool:
-        join = self.publisher._members.roster.joins.get(puppet.name)
-        return bool(puppet.offers) or (join is not None and join.version == puppet.version)
+        return puppet.name in self.lives and self.lives[puppet.name].puppet is puppet
 
     @rule(name=st.sampled_from("abcd"), deed=st.sampled_from(["close", "leave"]))
     def go(self, name, deed):
@@ -125,17 +152,19 @@ class Schedules(RuleBasedStateMachine):
         for name, puppet in list(self.present.items()):
             if puppet.alive and name in known and self.version >= 0:
                 assert puppet.version == self.version and puppet.value == float(self.version)
-                assert puppet.ran == sorted(set(puppet.ran)) and not self.named[name]
+                assert puppet.ran == sorted(set(puppet.ran)) and not self.lives[name].named
             elif self.version >= 0 and puppet in self.faultless:
                 raise AssertionError(f"{name} did its part and is not in service")
             elif not puppet.alive and name not in known:
                 del self.present[name]
 
     def note(self, report) -> None:
+        life = self.settled.popleft()
         for name in report.out_of_service:
-            self.named[name] += 1
-            assert self.named[name] == 1
-            assert self.present[name] not in self.faultless, report.out_of_service
+            assert name == life.puppet.name
+            life.named += 1
+            assert life.named == 1
+            assert life.puppet not in self.faultless, report.out_of_service
 
     def teardown(self) -> None:
         if not hasattr(self, "loop"):

@@ -16,6 +16,12 @@ from asyncrl.weight_sync.serving import ChunkServer
 from tests.chunk_worlds import Bytes, Link, fetched, small_plan
 
 
+@pytest.fixture(autouse=True)
+def large_chunks(monkeypatch):
+    """Large enough that they are sent without a copy, many to a version."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 20)
+
+
 @contextlib.contextmanager
 def late_word():
     """Until `go_on` is set, nobody in this process hears that a message sent without a copy has left."""

@@ -22,6 +22,12 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
+def large_chunks(monkeypatch):
+    """Large enough that they are sent without a copy."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 20)
+
+
+@pytest.fixture
 def server():
     with ChunkServer("127.0.0.1") as made:
         yield made
@@ -173,7 +179,7 @@ def test_an_error_of_the_delta_maker_is_raised_and_engines_get_whole_buckets(ser
         server.check()
 
 
-def test_bytes_are_not_free_while_they_are_on_their_way(server):
+def test_bytes_are_not_free_while_they_are_on_their_way(server, large_chunks):
     """The engine stands still with more asked for than its connection holds."""
     version = Bytes(small_plan(tensors=40, elements=512 * 1024, bucket_bytes=1 << 20))
     version.open_at(server, 0)
@@ -199,7 +205,7 @@ def test_bytes_are_not_free_while_they_are_on_their_way(server):
     version.map.close()  # raises while anybody has a view of it
 
 
-def test_the_bytes_of_a_dead_engine_become_free(server):
+def test_the_bytes_of_a_dead_engine_become_free(server, large_chunks):
     version = Bytes(small_plan(tensors=40, elements=512 * 1024, bucket_bytes=1 << 20))
     version.open_at(server, 0)
     with Link(server.endpoint) as link:
