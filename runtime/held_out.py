@@ -116,8 +116,8 @@ async def ask(
     label: str,
     version: int,
 ) -> list[list[HeldOutAnswer]]:
-    """The answers to each prompt, by `version` or later ones. Waits for engines to be up; unblocked by their keepers. Raises PartFailed at the deadline,
-    with what the last engine that was lost said, and at once for a mistake of the recipe."""
+    """The answers to each prompt, by `version` or later ones. Waits for engines to be up; unblocked by their keepers. Raises
+    PartFailed at the deadline, with what the last engine that was lost said, and at once for a mistake of the recipe."""
     found: dict[int, list[HeldOutAnswer]] = {}
     deadline, failure, rounds = time.monotonic() + config.timeout_s, None, 0
     asking = Asking(

@@ -22,32 +22,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
-from typing import Final, NoReturn
+from typing import NoReturn
 
 import torch
 
-from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.checksum import version_digest
 from asyncrl.weight_sync.collective_attempt import Attempt
+from asyncrl.weight_sync.collective_drafts import Drafts
 from asyncrl.weight_sync.collective_sender import CollectiveSender
-from asyncrl.weight_sync.collective_words import Outcome, Refused, Sent, Stream, decode_sent, encode
+from asyncrl.weight_sync.collective_words import Outcome, Refused, Sent, decode_sent, encode
 from asyncrl.weight_sync.config import WeightSyncConfig
 from asyncrl.weight_sync.errors import SyncAborted, WeightSyncError
-from asyncrl.weight_sync.exchange import Exchange
 from asyncrl.weight_sync.members import Members
 from asyncrl.weight_sync.plan import Bucket, Plan
 from asyncrl.weight_sync.probe import Probe
-from asyncrl.weight_sync.process_group import backend_of
-from asyncrl.weight_sync.publisher import STAGING_SHARE, never
+from asyncrl.weight_sync.publisher import never
 from asyncrl.weight_sync.ranks import Alone, Ranks
 from asyncrl.weight_sync.report import SyncReport, TransactionReport
 from asyncrl.weight_sync.settling import sync_report
 from asyncrl.weight_sync.sockets import Secure
-from asyncrl.weight_sync.transaction import Transaction
 from asyncrl.weight_sync.verification import differences, shared_fault
-
-SETTLE_S: Final = 5.0
-"""How long engines have, after the group broke, to say that they are there."""
 
 
 class CollectivePublisher:
@@ -68,20 +62,18 @@ class CollectivePublisher:
         A collective."""
         self.version = -1
         """The last committed one."""
-        self._timeout_s = config.timeout_s
         self._plan = plan
         self._ranks: Ranks = ranks if ranks is not None and plan.senders > 1 else Alone()
         if plan.senders != self._ranks.size:
             raise WeightSyncError(
                 f"expected a rank for each of {plan.senders} senders, got {self._ranks.size}"
             )
-        self._device = device or torch.device("cpu")
+        device = device or torch.device("cpu")
         self._members = Members(host, secure)
         self.endpoint = self._members.endpoint
-        self._sender = CollectiveSender(plan, 0, host, self._device, config.timeout_s)
-        self._stores = tuple(each.decode() for each in self._ranks.collect(self._sender.address.encode()))
-        self._group: tuple[int, tuple[str, ...], str] | None = None
-        """Epoch, members and name of the group of the last version, where it can be used again."""
+        self._sender = CollectiveSender(plan, 0, host, device, config.timeout_s)
+        stores = tuple(each.decode() for each in self._ranks.collect(self._sender.address.encode()))
+        self._drafts = Drafts(self._members, plan, self._sender, stores, device, config.timeout_s)
         self._draft: Attempt | None = None
         self._closed = False
 
@@ -193,7 +185,7 @@ class CollectivePublisher:
             self._ranks.share(encode(Refused(error=f"version {version}: {fault}")))
             raise WeightSyncError(f"version {version}: {fault}")
         names = tuple(sorted(members_of()))
-        self._draft = draft = self._drafted(version, names)
+        self._draft = draft = self._drafts.draft(version, names)
         self._ranks.share(encode(draft.stream))
         try:
             draft.start()
@@ -201,51 +193,6 @@ class CollectivePublisher:
             draft.exchange.interrupt(error)
             self._settle(draft)
             raise
-
-    def _drafted(self, version: int, names: tuple[str, ...]) -> Attempt:
-        now, attempt, epoch = time.monotonic(), self._members.next_attempt(), self._members.roster.epoch
-        staging_s = STAGING_SHARE * self._timeout_s
-        settle_s = min(SETTLE_S, self._timeout_s - staging_s)
-        made = self._group is not None and self._group[:2] == (epoch, names)
-        name = self._group[2] if self._group is not None and made else str(attempt)
-        self._group = (epoch, names, name)
-        stream = Stream(name=name, version=version, size=1 + len(names), made=made, timeout_s=staging_s)
-        transaction = Transaction(
-            version,
-            names,
-            now=now,
-            staging_deadline=now + staging_s,
-            deadline=now + self._timeout_s,
-            together=True,
-            settle_s=settle_s,
-        )
-        for reason, count in self._members.ignored.items():
-            transaction.ignore(reason, count)
-        self._members.ignored.clear()
-
-        def propose_for(engine_id: str) -> wire.Propose:
-            offer = self._offer(stream, 1 + names.index(engine_id))
-            # They hear of it first if it is called off at the deadline.
-            return wire.Propose(attempt=attempt, offer=offer, timeout_s=staging_s + settle_s)
-
-        def probe_for(engine_id: str) -> Probe | None:
-            return self._members.roster.to_ask(engine_id, draft.probe)
-
-        exchange = Exchange(self._members.socket, transaction, attempt, propose_for, probe_for)
-        draft = Attempt(stream, transaction, exchange, self._sender, now)
-        return draft
-
-    def _offer(self, stream: Stream, rank: int) -> wire.Offer:
-        """What the engine of this rank is offered."""
-        source = wire.Group(
-            backend=backend_of(self._device),
-            stores=self._stores,
-            name=stream.name,
-            rank=rank,
-            size=stream.size,
-            made=stream.made,
-        )
-        return wire.Offer(version=stream.version, source=source, plan=self._plan, checksums=())
 
     def _begun(self, what: str) -> Attempt:
         if self._draft is None:
@@ -284,7 +231,7 @@ class CollectivePublisher:
         if report.committed:
             self._sender.end()
         else:
-            self._group = None
+            self._drafts.forget_group()
             if report.members:
                 self._sender.call_off(report.reason)
 

@@ -17,14 +17,14 @@ import zmq
 from asyncrl.weight_sync import wire
 from asyncrl.weight_sync.probe import Probe
 from asyncrl.weight_sync.report import TransactionReport
-from asyncrl.weight_sync.transaction import (
+from asyncrl.weight_sync.transaction import Transaction
+from asyncrl.weight_sync.transaction_actions import (
     Actions,
     Finished,
     SendAbort,
     SendApply,
     SendDismiss,
     SendOffer,
-    Transaction,
 )
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ Beside what `Publisher` promises
 - A slow engine holds up no other engine, and the learner only at the bound: then for `timeout_s` at the most, after which it is
   out of service.
 - The bytes of a version are not written over while an engine that is to apply them may read them; if one that is to take a later
-  one instead, or is no member any more, may still read them, they stay as they are and the next version gets new memory.
+  one instead, or is no member any more, may still read them, they stay as they are and the next version gets new memory. That
+  memory takes the file's name over: what a reader keeps from staging to applying is its mapping, or the inode, not the name.
 - Engines start, join and come back on the one path of `rolling`; there is no other.
 Called as `Publisher` is.
 """

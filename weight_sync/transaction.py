@@ -34,6 +34,14 @@ from typing import Literal
 import msgspec
 
 from asyncrl.weight_sync.report import MemberReport, Outcome, TransactionReport
+from asyncrl.weight_sync.transaction_actions import (
+    Actions,
+    Finished,
+    SendAbort,
+    SendApply,
+    SendDismiss,
+    SendOffer,
+)
 
 
 class Phase(enum.Enum):
@@ -43,41 +51,6 @@ class Phase(enum.Enum):
     APPLYING = "applying"
     COMMITTED = "committed"
     ABORTED = "aborted"
-
-
-class SendOffer(msgspec.Struct, frozen=True):
-    """Tell `member` where the version's bytes are."""
-
-    member: str
-
-
-class SendApply(msgspec.Struct, frozen=True):
-    """Tell `member` to make the version live."""
-
-    member: str
-
-
-class SendAbort(msgspec.Struct, frozen=True):
-    """Tell `member` to forget the version."""
-
-    member: str
-
-
-class SendDismiss(msgspec.Struct, frozen=True):
-    """Tell `member` that it is out of service."""
-
-    member: str
-    reason: str
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """The last action."""
-
-    report: TransactionReport
-
-
-Action = SendOffer | SendApply | SendAbort | SendDismiss | Finished
-Actions = list[Action]
 
 
 class Transaction:

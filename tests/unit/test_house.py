@@ -46,6 +46,7 @@ PURE = (
     "buffer/waiting.py",
     "weight_sync/plan.py",
     "weight_sync/transaction.py",
+    "weight_sync/transaction_actions.py",
     "weight_sync/rolling.py",
     "recipes/recipe.py",
     "recipes/sizes.py",

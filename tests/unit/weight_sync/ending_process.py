@@ -45,7 +45,7 @@ def learner() -> None:
         say(publisher.endpoint)
         names = set(sys.stdin.readline().split())
         publisher.wait_for_engines(names, 60)
-        publisher._timeout_s = DEADLINE_S
+        publisher._drafts.timeout_s = DEADLINE_S
         version, half = -1, len(PLAN.buckets) // 2
         for line in sys.stdin:
             what, _, number = line.strip().partition(" ")

@@ -93,7 +93,7 @@ def test_every_engine_has_the_very_bytes_version_after_version(plan):
         names = set()
         for version in range(4):
             report = send(plan, senders, version)
-            names.add(senders[0]._group[2])
+            names.add(senders[0]._drafts.group_name)
             assert {name: each.outcome for name, each in report.engines.items()} == dict.fromkeys(
                 "abc", "applied"
             )
@@ -204,7 +204,7 @@ def test_an_engine_that_leaves_and_comes_again_is_in_a_new_group():
     with publishing(MIXED) as senders, engines_of(senders[0], "a", "b") as engines:
         (publisher,) = senders
         send(MIXED, senders, 0)
-        first = publisher._group[2]
+        first = publisher._drafts.group_name
         engines.do(engines.leave("a"))
         deadline = time.monotonic() + 10
         while "a" in publisher.engines and time.monotonic() < deadline:
@@ -216,7 +216,7 @@ def test_an_engine_that_leaves_and_comes_again_is_in_a_new_group():
             "a": "applied",
             "b": "applied",
         }
-        assert publisher._group[2] != first
+        assert publisher._drafts.group_name != first
 
 
 def test_a_group_that_an_engine_no_longer_has_is_nobodys_fault_and_is_made_anew():
@@ -309,7 +309,7 @@ def test_an_engine_stopped_mid_bucket_is_late_by_the_deadline_and_nobody_else_is
         (publisher,) = senders
         send(LARGE, senders, 0)
         # Staged by 4.5 s; then those that are there have 1.5 s to say so.
-        publisher._timeout_s = 6.0
+        publisher._drafts.timeout_s = 6.0
         started = time.monotonic()
         with pytest.raises(SyncAborted) as caught:
             send(LARGE, senders, 1, halfway=lambda rank: run.signal("c", signal.SIGSTOP))
@@ -321,7 +321,7 @@ def test_an_engine_stopped_mid_bucket_is_late_by_the_deadline_and_nobody_else_is
             "c": "late",
         }
         assert all("called off" in report.members[name].error for name in "ab")
-        publisher._timeout_s = 30.0
+        publisher._drafts.timeout_s = 30.0
         assert send(LARGE, senders, 1).engines.keys() == {"a", "b"}
         run.signal("c", signal.SIGCONT)
         out, _ = run.engines["c"].ended()

@@ -8,6 +8,7 @@ settled, whoever is in service runs the newest version with its bytes; who is no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
@@ -30,7 +31,7 @@ from asyncrl.weight_sync.rolling_publisher import RollingPublisher
 PLAN = make_plan([("w", "float32", (50,)), ("b", "float32", (5,))], 200)
 TIMEOUT_S = 0.8
 SPEAKS_S = 20.0
-DEEDS = ["obey"] * 8 + ["die", "fail", "leave", "anew", "hang", "slow"]
+DEEDS = ["obey"] * 8 + ["slow"] * 3 + ["die", "fail", "leave", "anew", "hang"]
 
 
 class Life:
@@ -181,14 +182,13 @@ class Schedules(RuleBasedStateMachine):
                 "bytes changed under them"
             )
 
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.callback(self.loop.close)
+            ending.callback(self.thread.join, timeout=10)
+            ending.callback(self.loop.call_soon_threadsafe, self.loop.stop)
+            ending.callback(self.publisher.close)
+            ending.callback(lambda: self.do(end()))
             self.settle()
-        finally:
-            self.do(end())
-            self.publisher.close()
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join(timeout=10)
-            self.loop.close()
 
 
 Schedules.TestCase.settings = settings(

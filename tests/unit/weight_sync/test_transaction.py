@@ -7,14 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncrl.weight_sync.transaction import (
+from asyncrl.weight_sync.transaction import Phase, Transaction
+from asyncrl.weight_sync.transaction_actions import (
     Finished,
-    Phase,
     SendAbort,
     SendApply,
     SendDismiss,
     SendOffer,
-    Transaction,
 )
 
 
