@@ -89,7 +89,9 @@ def place_buffers(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
 def place_learners(recipe: Recipe, folder: str, run_id: str) -> list[Any]:
     """All ranks at once, or none. Raises PlacementError."""
     learner = recipe.learner
-    rank = {"CPU": float(learner.cores)} if learner.device == "cpu" else {"CPU": 1.0, "GPU": learner.gpu_share}
+    rank = (
+        {"CPU": float(learner.cores)} if learner.device == "cpu" else {"CPU": 1.0, "GPU": learner.gpu_share}
+    )
     room = placement_group([rank] * learner.ranks, strategy="PACK")
     if not room.wait(RESERVE_S):
         raise no_room(f"{learner.ranks} learner ranks with {rank} each", "Lower learner.ranks or cores")

@@ -37,6 +37,7 @@ class Diary:
         self.stage_s = 0.0
         self.apply_s = 0.0
         self.probe_s = 0.0
+        self.probing = asyncio.Event()
         self.busy = False
 
     async def _call(self, what: str, seconds: float = 0.0) -> None:
@@ -68,6 +69,7 @@ class Diary:
         self.calls.append("release")
 
     async def probe(self, tokens: Sequence[int]) -> list[float]:
+        self.probing.set()
         await self._call("probe", self.probe_s)
         return [-float(token) for token in tokens[1:]]
 
@@ -155,8 +157,7 @@ def test_a_version_that_is_not_judged_yet_is_not_said_to_have_the_bytes_of_the_o
             await hand.hear()
             await hand.tell(wire.Apply(attempt=2, probe=PROBE))
             async with asyncio.timeout(10):
-                while hand.target.calls[-1] != "probe":
-                    await asyncio.sleep(0.01)
+                await hand.target.probing.wait()
             assert (hand.receiver.digest_of(3), hand.receiver.digest_of(4)) == (first.digest, "")
             second = await hand.hear()
             assert isinstance(second, wire.Applied) and second.digest != first.digest
