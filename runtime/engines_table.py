@@ -30,6 +30,8 @@ STATE_STYLES = {
 QUIET = "bright_black"
 _WIDE = 110
 """Columns from which notes are a column of their own; below, they follow the table."""
+_DIGEST = 18
+"""Columns that digests take, with the gap before them."""
 Noted = tuple[Sequence[str | Text], str]
 """A row's cells, and a note on it."""
 
@@ -113,7 +115,7 @@ def engines_detail(
         "KV": any(math.isfinite(e.kv_used_fraction) for e in engines),
         "preempted": wide and any(e.preemptions for e in engines),
         "deaths": wide and any(e.deaths for e in engines),
-        "weights": wide and any(e.weights for e in engines),
+        "weights": width >= _WIDE + _DIGEST and any(e.weights for e in engines),
         "node": wide and any(e.node for e in engines),
     }
     table.add_column("engine", no_wrap=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from asyncrl.runtime.control import RunStatus
@@ -256,10 +257,31 @@ engines = st.builds(
 )
 
 
+FULL = EngineFacts(
+    engine_id="aaaaaaaaaaaa",
+    pool="a",
+    state="waiting for room",
+    version=10_000,
+    weights="0123456789abcdef",
+    slots_used=4096,
+    slots=4096,
+    tokens_per_s=1e6,
+    kv_used_fraction=1.0,
+    preemptions=10**6,
+    deaths=99,
+    node="255.255.255.255",
+    reason="short of it",
+)
+
+
+@settings(deadline=None)  # the first drawing of a process takes long
 @given(st.lists(engines, max_size=6), st.integers(80, 200))
+@example([FULL], 110)
+@example([FULL], 127)
+@example([FULL], 128)
 def test_every_status_fits_its_width(found, width):
     lines = drawn(run(engines=found), width)
-    assert all(len(line) <= width for line in lines)
+    assert all(cell_len(line) <= width for line in lines)
     for facts in found:
         assert any(line.startswith(facts.engine_id) for line in lines)
 
