@@ -1,4 +1,4 @@
-"""What becomes of a real vLLM engine's processes when weights are incomplete, and when its own process is killed."""
+"""Real vLLM: incomplete weights are refused before a byte is written; no process outlives an engine that is killed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import asyncio, os, signal, sys
 import offers, psutil
 from transformers import Qwen2ForCausalLM
 from asyncrl.generators.config import PoolConfig
-from asyncrl.generators.engine import EngineDead
 from asyncrl.generators.vllm_engine import VLLMEngine
+from asyncrl.weight_sync.errors import IncompleteWeights
 
 async def main(folder):
     pool = PoolConfig(name="test", device="cpu", concurrency=4, kv_cache_bytes=2**26, dtype="float32")
@@ -29,10 +29,9 @@ async def main(folder):
     del weights["model.layers.1.mlp.down_proj.weight"]
     with offers.Offers(f"test-{os.getpid()}", weights) as versions:
         offer = versions.write(0, weights)
-        await engine.stage(offer)
         try:
-            await engine.apply(offer)
-        except EngineDead as error:
+            await engine.stage(offer)
+        except IncompleteWeights as error:
             print("REFUSED", error)
     print("CHILDREN", *children, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -43,7 +42,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.vllm
-def test_incomplete_weights_end_the_engine_and_a_killed_engine_leaves_no_process(tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused_and_a_killed_engine_leaves_no_process(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "model", tied=True)
     script = tmp_path / "engine.py"
     script.write_text(SCRIPT)
