@@ -156,7 +156,7 @@ class CollectivePublisher:
             self._settle(draft)
         if draft.faults and not report.members:
             self._end_without(draft.faults)
-        error = report.describe() if report.members and not report.committed else ""
+        error = _described(report, draft.faults) if report.members and not report.committed else ""
         self._ranks.share(encode(Outcome(report=report, error=error)))
         if error:
             raise SyncAborted(error, report)
@@ -252,3 +252,9 @@ def _missing(draft: Attempt | None, expected: int) -> str:
     if draft.written < expected:
         return f"version {draft.stream.version}: expected {expected} buckets, {draft.written} are written"
     return ""
+
+
+def _described(report: TransactionReport, faults: Sequence[str]) -> str:
+    """`faults` are the ranks', of which an engine may have heard before rank 0 did: the report then has its words alone."""
+    described = report.describe()
+    return "\n".join([described, *(fault for fault in faults if fault not in described)])

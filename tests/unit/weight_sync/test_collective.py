@@ -366,7 +366,8 @@ def test_a_sender_that_dies_leaves_engines_with_their_version_and_says_so_there(
             engine.kill()
 
 
-def test_a_rank_that_does_not_send_its_share_is_named_on_every_rank():
+@pytest.mark.parametrize("wait_s", [0.0, 1.0], ids=["at once", "an engine says first that it was called off"])
+def test_a_rank_that_does_not_send_its_share_is_named_on_every_rank(wait_s):
     plan = shared_by_two(40)
     with publishing(plan) as senders, engines_of(senders[0], "a") as engines:
         send(plan, senders, 0)
@@ -375,6 +376,7 @@ def test_a_rank_that_does_not_send_its_share_is_named_on_every_rank():
             if rank == 1:
                 senders[1].abandon()
                 senders[1].write = lambda bucket, pieces: None
+            time.sleep(wait_s)
 
         with pytest.raises(SyncAborted, match="learner rank 1: no version is begun"):
             send(plan, senders, 1, halfway=fails)
